@@ -1,0 +1,390 @@
+"""CodeSSM: a bidirectional gated state-space encoder of source code, linear in length.
+
+    codessm pretrain corpus.jsonl --ctx 256 -o model.pt
+    python codessm.py pretrain corpus.jsonl
+
+The encoder is BiGS (Wang et al. 2023, arXiv 2212.10544) over S4D kernels (Gu et al. 2022,
+arXiv 2206.11893), as in CodeSSM (Verma et al. 2025, arXiv 2505.01475). Shapes and symbols:
+
+    B  batch      L  length in tokens      d  model width
+    c  length of a chunk                   n  chunks a sequence, n c >= L
+    N  complex modes of an S4D kernel: A, C, and A-bar, C-bar after discretisation with step Delta
+    T, E, O  the convolution as matrix products: within a chunk, into the state, out of it
+
+Complex numbers are kept as pairs of reals throughout.
+"""
+import importlib.util
+import json
+import math
+import os
+import signal
+import sys
+import sysconfig
+import time
+import zlib
+from pathlib import Path
+
+# flat modules can be shadowed by files of the same name in the user's folder
+for name in ("data", "tasks"):
+    spec = importlib.util.find_spec(name)
+    if spec and spec.origin and Path(spec.origin).resolve().parent != Path(__file__).resolve().parent:
+        raise ImportError(f"{spec.origin} shadows codessm's own {name}.py in {Path(__file__).parent}: "
+                          "rename it, or run from another folder")
+
+import click
+import torch
+from torch import nn
+from torch.nn.functional import gelu, pad
+
+import data
+import tasks
+from data import Problem, Tokenizer, say
+from tasks import MLM, save  # noqa: F401  save is the other half of load
+
+__version__ = "0.1.0"
+
+SIZES = {"base": dict(d=1024, layers=12), "small": dict(d=512, layers=6), "tiny": dict(d=128, layers=4)}
+HELD_OUT = 1024  # records that an evaluation during pretraining reads at most
+
+
+class S4D(nn.Module):
+    """A diagonal state-space kernel, one for all channels (Gu et al. 2022, section 3, zero-order hold).
+
+        A-bar = exp(Delta A)     C-bar = C (A-bar - 1) / A     K[l] = Re sum_n C-bar_n A-bar_n^l
+        y = K * u + D u
+
+    `forward` computes the convolution over chunks of c tokens by matrix products, so its cost is
+    linear in L; between chunks it carries the N complex states in float32.
+    """
+    chunk = 256  # the longest c
+
+    def __init__(self, N: int = 64):
+        super().__init__()
+        self.A_re = nn.Parameter(torch.full((N,), -0.5))
+        self.A_im = nn.Parameter(math.pi * torch.arange(N))
+        self.C = nn.Parameter(torch.randn(N, 2) * math.sqrt(0.5))
+        self.D = nn.Parameter(torch.randn(1))
+        self.log_step = nn.Parameter(torch.empty(1).uniform_(math.log(0.01), math.log(1.0)))
+
+    def discretise(self, c: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """C-bar (N, 2) and the powers A-bar^l for l = 0 ... c, (N, c + 1, 2); in the parameters' dtype.
+
+        The exponents are formed in float64, and the phase l Im(Delta A) is reduced mod 2 pi there: at
+        l = 2,048 a float32 phase would be wrong in its second digit.
+        """
+        # MPS has no float64
+        wide = torch.float32 if self.C.device.type == "mps" else torch.float64
+        step = self.log_step.to(wide).exp()
+        A_re, A_im = self.A_re.to(wide).clamp(max=-1e-4), self.A_im.to(wide)
+        x, y = step * A_re, step * A_im
+        # (A-bar - 1) without cancellation where Delta A is small
+        m_re = torch.expm1(x) * torch.cos(y) - 2 * torch.sin(y / 2) ** 2
+        m_im = torch.exp(x) * torch.sin(y)
+        norm = A_re ** 2 + A_im ** 2
+        q_re, q_im = (m_re * A_re + m_im * A_im) / norm, (m_im * A_re - m_re * A_im) / norm
+        C_re, C_im = self.C.to(wide).unbind(-1)
+        C_bar = torch.stack([C_re * q_re - C_im * q_im, C_re * q_im + C_im * q_re], -1)
+
+        l = torch.arange(c + 1, device=x.device)
+        size = torch.exp((x[:, None] * l).to(self.C.dtype))
+        phase = torch.remainder(y[:, None] * l, 2 * math.pi).to(self.C.dtype)
+        powers = torch.stack([size * torch.cos(phase), size * torch.sin(phase)], -1)
+        return C_bar.to(self.C.dtype), powers
+
+    def forward(self, u: torch.Tensor, reverse: bool = False) -> torch.Tensor:
+        """y (B, L, d) of u (B, L, d); with `reverse` the SSM is anti-causal and runs from the right."""
+        B, L, d = u.shape
+        n = -(-L // self.chunk)
+        c = -(-L // n)
+        with torch.autocast(u.device.type, enabled=False):
+            C_bar, powers = self.discretise(c)
+            C_re, C_im = C_bar[:, None].unbind(-1)
+            P_re, P_im = powers.unbind(-1)
+            W_re, W_im = C_re * P_re - C_im * P_im, C_re * P_im + C_im * P_re  # C-bar A-bar^l, (N, c + 1)
+            K = W_re[:, :c].sum(0)
+            # T[i, j] = K[i - j] for i >= j, and D on the diagonal
+            K = torch.cat([K.new_zeros(c - 1), K[:1] + self.D, K[1:]])
+            T = K.unfold(0, c, 1).flip(1)
+            T = T.mT if reverse else T
+        if n * c > L:
+            u = pad(u, (0, 0, 0, n * c - L))
+        u = u.reshape(B * n, c, d)
+        y = T.expand(B * n, c, c) @ u
+        if n > 1:
+            E = torch.cat([P_re, P_im])[:, :c]  # (2N, c): A-bar^j, the order of the anti-causal one
+            O = torch.cat([W_re, -W_im])[:, 1:].mT  # (c, 2N): Re(C-bar A-bar^(i + 1) H) = O [Re H, Im H]
+            E, O = (E, O.flip(0)) if reverse else (E.flip(1), O)
+            S = (E.expand(B * n, -1, c) @ u).view(B, n, -1, d)
+            y = torch.baddbmm(y, O.expand(B * n, c, -1), self.carry(S, powers[:, c], reverse).view(B*n,-1,d))
+        return y.reshape(B, n * c, d)[:, :L]
+
+    @staticmethod
+    def carry(S: torch.Tensor, A_c: torch.Tensor, reverse: bool) -> torch.Tensor:
+        """The state H before each chunk, from each chunk's own contribution S; both (B, n, 2N, d).
+
+        H_(k+1) = A-bar^c H_k + S_k in float32 or wider, A_c = A-bar^c being (N, 2).
+        """
+        B, n, N2, d = S.shape
+        S = S.to(A_c.dtype).view(B, n, 2, N2 // 2, d).unbind(1)
+        a_re, a_im = A_c[..., None].unbind(1)  # (N, 1)
+        a_re, a_im = torch.stack([a_re, a_re]), torch.stack([-a_im, a_im])
+        H, states = torch.zeros_like(S[0]), []
+        for S_k in reversed(S) if reverse else S:
+            states.append(H)
+            H = a_re * H + a_im * H.flip(1) + S_k
+        return torch.stack(states[::-1] if reverse else states, 1).view(B, n, N2, d)
+
+
+class Layer(nn.Module):
+    """One BiGS layer (Wang et al. 2023, section 3.2).
+
+        X  = LayerNorm(Xi)
+        V  = gelu(Wv X)  (3d)     F = gelu(Wf X)  (d)     B = gelu(Wb X)  (d)
+        U1 = Wu1 SSM_forward(F)   U2 = Wu2 SSM_backward(B)
+        U  = gelu(Wu (U1 * U2))  (3d)
+        Xo = Xi + Wo (U * V)
+
+    No flip is carried out: a linear map commutes with it, so the backward path is the same map followed
+    by an anti-causal SSM.
+    """
+
+    def __init__(self, d: int, N: int = 64):
+        super().__init__()
+        self.norm = nn.LayerNorm(d, eps=1e-12)
+        self.vfb = nn.Linear(d, 5 * d)  # Wv, Wf and Wb in one product
+        self.forward_ssm, self.backward_ssm = S4D(N), S4D(N)
+        self.u1, self.u2 = nn.Linear(d, d), nn.Linear(d, d)
+        self.u = nn.Linear(d, 3 * d)
+        self.o = nn.Linear(3 * d, d)
+
+    def forward(self, X: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Xo (B, L, d) of Xi (B, L, d); `mask` (B, L, 1) is 0 at padding and keeps it out of the SSMs."""
+        d = X.shape[-1]
+        V, F, B = gelu(self.vfb(self.norm(X))).split([3 * d, d, d], -1)
+        if mask is not None:
+            F, B = F * mask, B * mask
+        U1, U2 = self.u1(self.forward_ssm(F)), self.u2(self.backward_ssm(B, reverse=True))
+        U = gelu(self.u(U1 * U2))
+        return X + self.o(U * V)
+
+
+class Encoder(nn.Module):
+    """Token embedding, LayerNorm, and the layers; nothing after the last one, as in BiGS.
+
+    Args:
+        vocab: number of token ids.
+        d, layers, N: width, number of layers, complex modes of a kernel.
+    Linear maps start at N(0, 0.64 / sqrt(d)) (BiGS's 0.02 at d = 1,024), embeddings at N(0, 0.02).
+    `config` holds the arguments; `Encoder(**config)` is the same shape again.
+    """
+
+    def __init__(self, vocab: int, d: int, layers: int, N: int = 64):
+        super().__init__()
+        self.config = dict(vocab=vocab, d=d, layers=layers, N=N)
+        self.embedding = nn.Embedding(vocab, d)
+        self.norm = nn.LayerNorm(d, eps=1e-12)
+        self.layers = nn.ModuleList(Layer(d, N) for _ in range(layers))
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.64 / math.sqrt(d))
+                nn.init.zeros_(module.bias)
+
+    def forward(self, ids: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
+        """Hidden states (B, L, d) of token ids (B, L), int32 or int64, right-padded.
+
+        `lengths` (B,) counts the real tokens of each row; without it every token is real. What stands
+        at padding is unspecified, and no real position depends on it.
+        """
+        mask = None
+        X = self.norm(self.embedding(ids))
+        if lengths is not None:
+            mask = (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None])[..., None].to(X.dtype)
+        for layer in self.layers:
+            X = layer(X, mask)
+        return X
+
+
+def load(path: str | os.PathLike, device: str = "cpu") -> MLM:
+    """The model of a checkpoint (or of the state file of an unfinished run), in evaluation mode.
+
+    It has `encoder`, which maps ids (B, L) and lengths (B,) to hidden states (B, L, d), `tokenizer`, and
+    `logits(hidden)`. The file runs no code. Raises `data.Problem`.
+    """
+    content = tasks.read(path)
+    try:
+        with torch.device("meta"):  # shapes alone: the weights come from the file
+            model = MLM(Encoder(**content["config"]), Tokenizer(content["tokenizer"], str(path)))
+        model.load_state_dict(content["weights"], assign=True)
+    except (KeyError, TypeError, RuntimeError):
+        raise Problem(f"{path}: its weights do not fit its configuration, so it is no whole checkpoint") from None
+    return model.to(device).eval()
+
+
+# ---- the command line -------------------------------------------------------------------------------
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, where there is nothing to save yet."""
+
+
+def terminate(_number, _frame):
+    raise Terminated
+
+
+class Commands(click.Group):
+    """The one place that turns what went wrong into a sentence and an exit code."""
+
+    def invoke(self, ctx: click.Context):
+        before = signal.signal(signal.SIGTERM, terminate)
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            code = 143 if isinstance(error, Terminated) else 130
+            raise Problem("interrupted before there was anything to save", code) from None
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            raise Problem(f"{where}{error.strerror or error}", 1) from None
+        except RuntimeError as error:
+            if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+                raise
+            raise Problem("out of memory: use a smaller --batch, --ctx or --size, or a larger --accumulate", 1) from None
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="codessm")
+def cli():
+    """CodeSSM: a bidirectional state-space encoder of source code, linear in length."""
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of `--device`; auto is cuda where there is one, else cpu."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise Problem(f"--device {name}: there is no such device here; cpu always works") from None
+    return device
+
+
+@cli.command(epilog="Example: codessm pretrain corpus.jsonl --ctx 256 --steps 10000 -o model.pt")
+@click.argument("corpus", nargs=-1)
+@click.option("--ctx", default=256, show_default=True, type=click.IntRange(8),
+              help="Tokens a sample, special ones included.")
+@click.option("--size", default="base", show_default=True, type=click.Choice(list(SIZES)),
+              help="12 layers of width 1024, 6 of 512, 4 of 128.")
+@click.option("--tokenizer", "tokenizer_path", metavar="FILE",
+              help="A Hugging Face tokenizer.json.  [default: train one on the corpus]")
+@click.option("--vocab", type=click.IntRange(1), help="Entries of a trained tokenizer.  [default: 32100; tiny: 4096]")
+@click.option("--steps", type=click.IntRange(1), help="Optimizer steps; or give --epochs.")
+@click.option("--epochs", type=click.IntRange(1), help="Passes over the corpus.  [default: 1]")
+@click.option("--batch", default=32, show_default=True, type=click.IntRange(1), help="Samples a step.")
+@click.option("--accumulate", default=1, show_default=True, type=click.IntRange(1),
+              help="Cut each batch into so many pieces, to save memory.")
+@click.option("--lr", type=click.FloatRange(0, min_open=True), help="Peak learning rate.  [default: 3e-4; tiny: 2e-3]")
+@click.option("--eval-every", type=click.IntRange(1), help="Steps between evaluations.  [default: a tenth of all]")
+@click.option("--limit", type=click.IntRange(1), help="Only the first so many records of each file.")
+@click.option("--code-field", metavar="NAME", help="The field that holds the code, if its name is not a known one.")
+@click.option("--text-field", metavar="NAME", help="The same for the text.")
+@click.option("--skip-bad", is_flag=True, help="Count bad lines and pass over them.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of weights, order, windows, masks.")
+@click.option("-o", "output_path", default="model.pt", show_default=True, metavar="FILE", help="The checkpoint to write.")
+@click.option("--restart", is_flag=True, help="Begin anew, whatever an earlier run left at -o.")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps; auto is cuda, else cpu.")
+@click.option("--workers", type=click.IntRange(0),
+              help="Processes that tokenise ahead.  [default: half the cores, at most 4]")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def pretrain(corpus, ctx, size, tokenizer_path, vocab, steps, epochs, batch, accumulate, lr, eval_every, limit,
+             code_field, text_field, skip_bad, seed, output_path, restart, device, workers, as_json):
+    """Pretrain an encoder by masked language modelling on CORPUS.
+
+    CORPUS: JSONL files, plain or .gz, folders, globs, or - for standard input; without any, the Python
+    standard library. The same command run again goes on where an interrupted one was.
+    """
+    if steps and epochs:
+        raise click.UsageError("give --steps or --epochs, not both")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise Problem("this version trains in one process: start it without torchrun, or with --nproc-per-node 1")
+    started = time.monotonic()
+    device = choose_device(device)
+    output = tasks.Output(output_path, restart)
+    given = data.load_tokenizer(tokenizer_path) if tokenizer_path else None
+    sources = data.find_sources(corpus) if corpus else [data.standard_library()]
+    settings = dict(
+        corpus=[[source.name, source.mark] for source in sources], limit=limit, code_field=code_field,
+        text_field=text_field, skip_bad=skip_bad, ctx=ctx, size=size,
+        tokenizer=zlib.crc32(given.text.encode()) if given else None,
+        vocab=given.vocab if given else vocab or (4096 if size == "tiny" else 32100),
+        steps=steps, epochs=None if steps else epochs or 1, batch=batch, accumulate=accumulate,
+        lr=lr or (2e-3 if size == "tiny" else 3e-4), eval_every=eval_every, seed=seed)
+    state = output.resume(settings)
+
+    records = data.Corpus(sources, code_field, text_field, limit, skip_bad)
+    if len(records.train) < batch:
+        raise Problem(f"the corpus has {len(records.train)} samples to train on, fewer than one batch: "
+                      f"give more of it, or --batch {max(1, len(records.train))} or less")
+    if state:
+        tokenizer = Tokenizer(state["tokenizer"])
+    else:
+        tokenizer = given or data.train_tokenizer(records, settings["vocab"])
+    samples = data.Samples(records, tokenizer, ctx, seed)
+    lengths = data.choose_lengths(data.sample_lengths(samples, records.train), ctx)
+    batches = data.Batches(samples, records.train, batch, lengths, tokenizer.pad, seed)
+    held_out = data.Batches(samples, records.held_out[:HELD_OUT], batch, lengths, tokenizer.pad)
+    steps = steps or epochs * len(batches)
+
+    torch.manual_seed(seed)
+    task = MLM(Encoder(tokenizer.vocab, **SIZES[size]), tokenizer, seed).to(device)
+    parameters = sum(p.numel() for p in task.parameters())
+    for name, value in (
+            ("corpus", f"{', '.join(s.name for s in sources)}: {len(records):,} records, {data.size(records.bytes)}, "
+                       f"{len(held_out.records):,} of them held out for evaluation"
+                       + (f"; {records.bad:,} bad lines passed over" if records.bad else "")),
+            ("tokenizer", f"{tokenizer.vocab:,} entries, {'given' if given else 'trained on the corpus'}"),
+            ("samples", f"ctx {ctx}, padded to {', '.join(map(str, lengths))}"),
+            ("model", f"codessm {size}, {parameters:,} parameters, on {device}"),
+            ("training", f"{steps:,} steps of {batch} samples ({steps / len(batches):.1f} epochs), "
+                         f"learning rate {settings['lr']:g}, seed {seed}, accumulate {accumulate}, "
+                         f"an evaluation every {eval_every or -(-steps // 10):,} steps"),
+            ("output", f"{output_path}, metrics in {output_path}.jsonl")):
+        say(f"{name:10} {value}")
+
+    metrics = tasks.train(task, batches, list(held_out.stream(stop=len(held_out))), output, state, settings=settings,
+                          steps=steps, lr=settings["lr"], accumulate=accumulate,
+                          eval_every=eval_every or -(-steps // 10),
+                          workers=min(4, max(1, (os.cpu_count() or 1) // 2)) if workers is None else workers)
+    result = dict(output=output_path, steps=steps, parameters=parameters, held_out=len(held_out.records),
+                  seconds=round(time.monotonic() - started, 1), **metrics)
+    if as_json:
+        click.echo(json.dumps(result))
+    else:
+        click.echo(f"{output_path}: {steps:,} steps in {result['seconds']:.0f} s; on {len(held_out.records):,} held-out "
+                   f"records loss {metrics['loss']:.3f}, accuracy {metrics['accuracy']:.1%}, "
+                   f"perplexity {metrics['perplexity']:.1f}")
+
+
+@cli.command(epilog="Example: codessm corpus ~/projects -o corpus.jsonl")
+@click.argument("paths", nargs=-1)
+@click.option("-o", "output_path", metavar="FILE", help="The JSONL file to write.  [default: standard output]")
+def corpus(paths, output_path):
+    """Turn source trees into a corpus: JSONL with a record a Python function, or a file otherwise.
+
+    PATHS: folders and files; without any, the Python standard library. Docstrings stand apart from the
+    code, exact duplicates are dropped; hidden, vendored and installed folders below PATHS are left out.
+    """
+    paths = paths or [sysconfig.get_paths()["stdlib"]]
+    if output_path is None:
+        data.build_corpus(paths, sys.stdout.buffer)
+        return
+    data.check_writable(output_path)
+    with data.atomic(output_path) as file:
+        data.build_corpus(paths, file)
+
+
+if __name__ == "__main__":
+    cli()

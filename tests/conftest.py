@@ -1,0 +1,65 @@
+import importlib
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+import codessm
+import data
+
+ROOT = Path(codessm.__file__).resolve().parent
+TINY = ["--size", "tiny", "--vocab", "400", "--ctx", "32", "--batch", "8", "--workers", "0"]
+
+
+def write_lines(path, records):
+    """A JSONL file of records, or of raw lines where they are strings or bytes."""
+    with open(path, "wb") as file:
+        for record in records:
+            line = record if isinstance(record, (str, bytes)) else json.dumps(record)
+            file.write((line.encode() if isinstance(line, str) else line) + b"\n")
+    return str(path)
+
+
+def cli(*args, input=None):
+    """(exit code, everything printed) of a command, run in this process."""
+    result = CliRunner().invoke(codessm.cli, [str(a) for a in args], input=input)
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.output
+
+
+def program(*args, **options):
+    """`python codessm.py ...` as a process of its own."""
+    return subprocess.Popen([sys.executable, str(ROOT / "codessm.py"), *map(str, args)], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, **options)
+
+
+@pytest.fixture(scope="session")
+def functions():
+    """Real code: the records of a few modules of the standard library."""
+    names = ("argparse", "ast", "csv", "json.decoder", "shutil", "tempfile", "textwrap", "zipfile")
+    out = io.BytesIO()
+    data.build_corpus([importlib.import_module(name).__file__ for name in names], out)
+    return [json.loads(line) for line in out.getvalue().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def corpus(functions, tmp_path_factory):
+    path = write_lines(tmp_path_factory.mktemp("corpus") / "functions.jsonl", functions)
+    return data.Corpus(data.find_sources([path]))
+
+
+@pytest.fixture(scope="session")
+def tokenizer(corpus):
+    return data.train_tokenizer(corpus, 600)
+
+
+@pytest.fixture
+def small(tmp_path, functions, monkeypatch):
+    """The path of a corpus of 65 real functions, in an empty folder that is the current one."""
+    monkeypatch.chdir(tmp_path)
+    return write_lines(tmp_path / "small.jsonl", functions[:65])
