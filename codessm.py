@@ -310,54 +310,56 @@ def pretrain(corpus, ctx, size, tokenizer_path, vocab, steps, epochs, batch, acc
         raise click.UsageError("give --steps or --epochs, not both")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise Problem("this version trains in one process: start it without torchrun, or with --nproc-per-node 1")
-    started = time.monotonic()
-    device = choose_device(device)
-    output = tasks.Output(output_path, restart)
-    given = data.load_tokenizer(tokenizer_path) if tokenizer_path else None
-    sources = data.find_sources(corpus) if corpus else [data.standard_library()]
-    settings = dict(
-        corpus=[[source.name, source.mark] for source in sources], limit=limit, code_field=code_field,
-        text_field=text_field, skip_bad=skip_bad, ctx=ctx, size=size,
-        tokenizer=zlib.crc32(given.text.encode()) if given else None,
-        vocab=given.vocab if given else vocab or (4096 if size == "tiny" else 32100),
-        steps=steps, epochs=None if steps else epochs or 1, batch=batch, accumulate=accumulate,
-        lr=lr or (2e-3 if size == "tiny" else 3e-4), eval_every=eval_every, seed=seed)
-    state = output.resume(settings)
+    if steps is None and epochs is None:
+        epochs = 1
+    lr = lr or (2e-3 if size == "tiny" else 3e-4)
+    started, device = time.monotonic(), choose_device(device)
+    with tasks.Output(output_path, restart) as output:
+        given = data.load_tokenizer(tokenizer_path) if tokenizer_path else None
+        sources = data.find_sources(corpus) if corpus else [data.standard_library()]
+        settings = dict(
+            corpus=[[source.name, source.mark] for source in sources], limit=limit, code_field=code_field,
+            text_field=text_field, skip_bad=skip_bad, ctx=ctx, size=size,
+            tokenizer=zlib.crc32(given.text.encode()) if given else None,
+            vocab=given.vocab if given else vocab or (4096 if size == "tiny" else 32100),
+            steps=steps, epochs=epochs, batch=batch, accumulate=accumulate, lr=lr, eval_every=eval_every, seed=seed)
+        state = output.resume(settings)
 
-    records = data.Corpus(sources, code_field, text_field, limit, skip_bad)
-    if len(records.train) < batch:
-        raise Problem(f"the corpus has {len(records.train)} samples to train on, fewer than one batch: "
-                      f"give more of it, or --batch {max(1, len(records.train))} or less")
-    if state:
-        tokenizer = Tokenizer(state["tokenizer"])
-    else:
-        tokenizer = given or data.train_tokenizer(records, settings["vocab"])
-    samples = data.Samples(records, tokenizer, ctx, seed)
-    lengths = data.choose_lengths(data.sample_lengths(samples, records.train), ctx)
-    batches = data.Batches(samples, records.train, batch, lengths, tokenizer.pad, seed)
-    held_out = data.Batches(samples, records.held_out[:HELD_OUT], batch, lengths, tokenizer.pad)
-    steps = steps or epochs * len(batches)
+        records = data.Corpus(sources, code_field, text_field, limit, skip_bad)
+        if len(records.train) < batch:
+            raise Problem(f"the corpus has {len(records.train)} samples to train on, fewer than one batch: "
+                          f"give more of it, or --batch {max(1, len(records.train))} or less")
+        if state:
+            tokenizer = Tokenizer(state["tokenizer"])
+        else:
+            tokenizer = given or data.train_tokenizer(records, settings["vocab"])
+        samples = data.Samples(records, tokenizer, ctx, seed)
+        lengths = data.choose_lengths(data.sample_lengths(samples, records.train), ctx)
+        batches = data.Batches(samples, records.train, batch, lengths, tokenizer.pad, seed)
+        held_out = data.Batches(samples, records.held_out[:HELD_OUT], batch, lengths, tokenizer.pad)
+        steps = steps or epochs * len(batches)
+        eval_every = eval_every or -(-steps // 10)
 
-    torch.manual_seed(seed)
-    task = MLM(Encoder(tokenizer.vocab, **SIZES[size]), tokenizer, seed).to(device)
-    parameters = sum(p.numel() for p in task.parameters())
-    for name, value in (
-            ("corpus", f"{', '.join(s.name for s in sources)}: {len(records):,} records, {data.size(records.bytes)}, "
-                       f"{len(held_out.records):,} of them held out for evaluation"
-                       + (f"; {records.bad:,} bad lines passed over" if records.bad else "")),
-            ("tokenizer", f"{tokenizer.vocab:,} entries, {'given' if given else 'trained on the corpus'}"),
-            ("samples", f"ctx {ctx}, padded to {', '.join(map(str, lengths))}"),
-            ("model", f"codessm {size}, {parameters:,} parameters, on {device}"),
-            ("training", f"{steps:,} steps of {batch} samples ({steps / len(batches):.1f} epochs), "
-                         f"learning rate {settings['lr']:g}, seed {seed}, accumulate {accumulate}, "
-                         f"an evaluation every {eval_every or -(-steps // 10):,} steps"),
-            ("output", f"{output_path}, metrics in {output_path}.jsonl")):
-        say(f"{name:10} {value}")
+        torch.manual_seed(seed)
+        task = MLM(Encoder(tokenizer.vocab, **SIZES[size]), tokenizer, seed).to(device)
+        parameters = sum(p.numel() for p in task.parameters())
+        for name, value in (
+                ("corpus", f"{', '.join(s.name for s in sources)}: {len(records):,} records, {data.size(records.bytes)}, "
+                           f"{len(held_out.records):,} of them held out for evaluation"
+                           + (f"; {records.bad:,} bad lines passed over" if records.bad else "")),
+                ("tokenizer", f"{tokenizer.vocab:,} entries, {'given' if given else 'trained on the corpus'}"),
+                ("samples", f"ctx {ctx}, padded to {', '.join(map(str, lengths))}"),
+                ("model", f"codessm {size}, {parameters:,} parameters, on {device}"),
+                ("training", f"{steps:,} steps of {batch} samples ({steps / len(batches):.1f} epochs), "
+                             f"learning rate {lr:g}, seed {seed}, accumulate {accumulate}, "
+                             f"an evaluation every {eval_every:,} steps"),
+                ("output", f"{output_path}, metrics in {output_path}.jsonl")):
+            say(f"{name:10} {value}")
 
-    metrics = tasks.train(task, batches, list(held_out.stream(stop=len(held_out))), output, state, settings=settings,
-                          steps=steps, lr=settings["lr"], accumulate=accumulate,
-                          eval_every=eval_every or -(-steps // 10),
-                          workers=min(4, max(1, (os.cpu_count() or 1) // 2)) if workers is None else workers)
+        metrics = tasks.train(task, batches, list(held_out.stream(stop=len(held_out))), output, state, settings=settings,
+                              steps=steps, lr=lr, accumulate=accumulate,
+                              eval_every=eval_every,
+                              workers=min(4, max(1, (os.cpu_count() or 1) // 2)) if workers is None else workers)
     result = dict(output=output_path, steps=steps, parameters=parameters, held_out=len(held_out.records),
                   seconds=round(time.monotonic() - started, 1), **metrics)
     if as_json:

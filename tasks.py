@@ -144,8 +144,9 @@ def read(path: str | os.PathLike) -> dict:
 class Output:
     """The files of one run: the checkpoint `path`, `path`.state while it trains, the metrics `path`.jsonl.
 
-    Holds a lock on the metrics log while the process lives. Raises `Problem` where the run could not
-    write, another run is writing, or a finished checkpoint would be overwritten without `restart`.
+    A context: inside it, the run holds a lock on the metrics log, which the kernel releases if the
+    process dies. Raises `Problem` where the run could not write, another run is writing, or a finished
+    checkpoint would be overwritten without `restart`.
     """
 
     def __init__(self, path: str, restart: bool = False):
@@ -162,6 +163,14 @@ class Output:
             raise Problem(f"cannot write {path}.jsonl: {error.strerror}") from None
         if restart and os.path.exists(self.state_path):
             os.remove(self.state_path)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if os.fstat(self.log.fileno()).st_size == 0:  # it came to nothing
+            os.remove(self.log.name)
+        self.log.close()
 
     def resume(self, settings: dict) -> dict | None:
         """The state to go on from, None to begin; a `Problem` where it has other settings."""

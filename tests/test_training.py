@@ -1,0 +1,318 @@
+"""Masked language modelling, the training loop, checkpoints and resume."""
+import json
+import math
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import codessm
+import data
+import tasks
+from codessm import Encoder
+from conftest import TINY, cli, program, write_lines
+from data import Batch, Batches, Problem, Samples
+from tasks import MLM
+
+
+@pytest.fixture
+def task(tokenizer):
+    torch.manual_seed(0)
+    return MLM(Encoder(tokenizer.vocab, d=32, layers=2, N=8), tokenizer)
+
+
+def one_batch(corpus, tokenizer, size=32, ctx=64, epoch=0):
+    batches = Batches(Samples(corpus, tokenizer, ctx), corpus.train[:size], size, [ctx], tokenizer.pad)
+    return batches[epoch, 0][0]
+
+
+# ---- masks and the loss -----------------------------------------------------------------------------
+
+def test_masking_proportions(task, tokenizer):
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(0, 257, 2000)
+    ids = np.full((2000, 256), tokenizer.pad, np.int32)
+    for row, length in zip(ids, lengths):
+        row[:length] = rng.integers(0, tokenizer.vocab, length)  # special tokens among them
+    batch = Batch(ids, lengths.astype(np.int32), np.arange(2000), 3)
+    tensors, count = task.prepare(batch)
+    read, targets = tensors["ids"].numpy(), tensors["targets"].numpy()
+    chosen = targets != tasks.IGNORE
+    allowed = (np.arange(256) < lengths[:, None]) & ~np.isin(ids, tokenizer.special)
+    assert not (chosen & ~allowed).any() and chosen.sum() == count
+    assert (targets[chosen] == ids[chosen]).all() and (read[~chosen] == ids[~chosen]).all()
+    # four standard errors of each share, of 250,000 tokens or 37,500 chosen ones
+    assert abs(count / allowed.sum() - 0.15) < 4 * math.sqrt(0.15 * 0.85 / allowed.sum())
+    masked = read[chosen] == tokenizer.mask
+    kept = read[chosen] == ids[chosen]
+    lucky = 0.1 / len(tokenizer.ordinary)  # a random token that is the old one
+    for share, expected in ((masked, 0.8), (kept, 0.1 + lucky)):
+        assert abs(share.mean() - expected) < 4 * math.sqrt(expected * (1 - expected) / count)
+    random = read[chosen][~masked & ~kept]
+    assert not np.isin(random, tokenizer.special).any() and len(set(random)) > 0.9 * len(tokenizer.ordinary)
+
+
+def test_masks_depend_on_seed_epoch_and_record_alone(task, tokenizer, corpus):
+    batch = one_batch(corpus, tokenizer)
+    targets = task.prepare(batch)[0]["targets"]
+    part = Batch(np.pad(batch.ids[5:9], ((0, 0), (0, 8))), batch.lengths[5:9], batch.records[5:9], 0)
+    assert torch.equal(task.prepare(part)[0]["targets"][:, :64], targets[5:9])
+    assert not torch.equal(task.prepare(batch._replace(epoch=1))[0]["targets"], targets)
+    task.seed = 1
+    assert not torch.equal(task.prepare(batch)[0]["targets"], targets)
+
+
+def test_loss_equals_its_definition_and_logits_are_made_where_masked_only(task, tokenizer, corpus, monkeypatch):
+    tensors, count = task.prepare(one_batch(corpus, tokenizer))
+    seen = []
+    logits = task.logits
+    monkeypatch.setattr(task, "logits", lambda hidden: seen.append(hidden.shape) or logits(hidden))
+    with torch.no_grad():
+        loss, correct, total = task.sums(**tensors).tolist()
+        everywhere = logits(task.encoder(tensors["ids"], tensors["lengths"])).double().numpy()
+    assert seen == [(count, 32)] and total == count > 100
+    expected, hits = 0.0, 0
+    for row, targets in zip(everywhere, tensors["targets"].tolist()):
+        for x, target in zip(row, targets):
+            if target != tasks.IGNORE:
+                expected += math.log(sum(map(math.exp, x))) - x[target]
+                hits += x.argmax() == target
+    assert abs(loss / expected - 1) < 1e-5 and correct == hits
+    metrics = task.evaluate([one_batch(corpus, tokenizer)])
+    assert abs(metrics["loss"] - expected / count) < 1e-5 and abs(metrics["accuracy"] - hits / count) < 1e-9
+    assert abs(metrics["perplexity"] / math.exp(expected / count) - 1) < 1e-4
+
+
+def test_accumulation_changes_memory_and_nothing_else(tokenizer, corpus):
+    """Three uneven pieces of a batch that hold different numbers of masked tokens, against the whole."""
+    weights = []
+    for accumulate in (1, 3):
+        torch.manual_seed(0)
+        task = MLM(Encoder(tokenizer.vocab, d=32, layers=2, N=8), tokenizer)
+        optimizer = torch.optim.SGD(task.parameters(), lr=0.1)
+        for epoch in range(3):
+            sums = tasks.one_step(task, optimizer, one_batch(corpus, tokenizer, 32, epoch=epoch), accumulate)
+        weights.append((sums, torch.cat([p.detach().flatten() for p in task.parameters()])))
+    assert torch.allclose(weights[0][0], weights[1][0], rtol=1e-5)
+    assert torch.allclose(weights[0][1], weights[1][1], atol=1e-6)
+
+
+def test_learning_rate():
+    rates = [tasks.learning_rate(step, 1000, 2.0) for step in range(1000)]
+    assert rates[0] == 0.02 and rates[99] == rates[100] == 2.0 and abs(rates[550] - 1.0) < 1e-12
+    assert 0 < rates[-1] < 1e-4 and rates[100:] == sorted(rates[100:], reverse=True)
+    assert tasks.learning_rate(299, 10_000, 2.0) == 2.0 > tasks.learning_rate(298, 10_000, 2.0)
+    assert [tasks.learning_rate(0, steps, 2.0) for steps in (1, 9)] == [2.0, 2.0]
+
+
+def test_what_decays(task):
+    decays, free = (set(map(id, group["params"])) for group in tasks.adamw(task, 1e-3).param_groups)
+    names = {name for name, p in task.named_parameters() if id(p) in decays}
+    assert len(decays) + len(free) == len(list(task.parameters()))
+    layer = {f"encoder.layers.{i}.{name}.weight" for i in range(2) for name in ("vfb", "u1", "u2", "u", "o")}
+    assert names == layer | {"encoder.embedding.weight", "dense.weight"}
+
+
+def test_a_tiny_model_overfits_32_samples(tokenizer, corpus):
+    """More than 95 % on masks that it has never been trained on, of samples that it has."""
+    STEPS = 300
+    torch.manual_seed(0)
+    task = MLM(Encoder(tokenizer.vocab, **codessm.SIZES["tiny"]), tokenizer)
+    optimizer = tasks.adamw(task, 0)
+    batch = one_batch(corpus, tokenizer, ctx=32)
+    for step in range(STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = tasks.learning_rate(step, STEPS, 4e-3)
+        tasks.one_step(task, optimizer, batch._replace(epoch=step), 1)
+    with torch.no_grad():
+        metrics = task.evaluate(batch._replace(epoch=epoch) for epoch in range(STEPS, STEPS + 10))
+    assert metrics["accuracy"] > 0.95
+
+
+# ---- checkpoints ------------------------------------------------------------------------------------
+
+def test_save_and_load(task, tmp_path, tokenizer, corpus):
+    path = tmp_path / "m.pt"
+    codessm.save(path, task)
+    again = codessm.load(path)
+    batch = one_batch(corpus, tokenizer)
+    ids, lengths = torch.from_numpy(batch.ids), torch.from_numpy(batch.lengths)
+    with torch.no_grad():
+        assert torch.equal(again.logits(again.encoder(ids, lengths)), task.eval().logits(task.encoder(ids, lengths)))
+    assert again.tokenizer.encode("x = 1") == tokenizer.encode("x = 1") and not again.training
+    assert all(p.requires_grad for p in again.parameters())
+
+
+def test_loading_runs_no_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/ran",)
+    torch.save({"format": tasks.FORMAT, "weights": Evil()}, tmp_path / "m.pt")
+    with pytest.raises(Problem, match="m.pt is not a codessm checkpoint"):
+        codessm.load(tmp_path / "m.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_files_that_are_no_checkpoint(task, tmp_path):
+    good = tmp_path / "good.pt"
+    codessm.save(good, task)
+    content = tasks.read(good)
+    for name, bad in {"text.pt": b"hello", "empty.pt": b"", "cut.pt": good.read_bytes()[:-5000]}.items():
+        (tmp_path / name).write_bytes(bad)
+        with pytest.raises(Problem, match=f"{name} is not a codessm checkpoint, or not a whole one"):
+            codessm.load(tmp_path / name)
+    torch.save([1], tmp_path / "list.pt")
+    with pytest.raises(Problem, match="not a codessm checkpoint"):
+        codessm.load(tmp_path / "list.pt")
+    for change in ({"config": content["config"] | {"d": 64}}, {"config": {"depth": 3}}, {"weights": {}}):
+        torch.save(content | change, tmp_path / "misfit.pt")
+        with pytest.raises(Problem, match="its weights do not fit its configuration"):
+            codessm.load(tmp_path / "misfit.pt")
+    for path, message in ((tmp_path / "none.pt", "No such file"), (tmp_path, "Is a directory")):
+        with pytest.raises(Problem, match=message):
+            codessm.load(path)
+
+
+# ---- runs -------------------------------------------------------------------------------------------
+
+def weights(path):
+    return tasks.read(path)["weights"]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_run_writes_what_it_says(small):
+    code, printed = cli("pretrain", small, *TINY, "--epochs", 2, "--json", "-o", "m.pt")
+    result = json.loads(printed[printed.index('{"output"'):].splitlines()[0])
+    assert code == 0 and sorted(os.listdir()) == ["m.pt", "m.pt.jsonl", "small.jsonl"]
+    log = [json.loads(line) for line in open("m.pt.jsonl")]
+    trained, evaluated = ([line for line in log if key in line] for key in ("loss", "valid_loss"))
+    assert result["steps"] == 16 and [line["step"] for line in trained] == list(range(1, 17))
+    assert [line["step"] for line in evaluated] == [*range(0, 17, 2)]
+    assert abs(trained[-1]["epoch"] - 2) < 1e-9 and trained[-1]["loss"] < trained[0]["loss"]
+    best = min(evaluated, key=lambda line: line["valid_loss"])
+    assert {f"valid_{k}": result[k] for k in ("loss", "accuracy", "perplexity")} == {k: best[k] for k in best if k != "step"}
+    model = codessm.load("m.pt")
+    assert result["parameters"] == sum(p.numel() for p in model.parameters())
+
+
+def test_without_steps_it_is_one_epoch(small):
+    code, printed = cli("pretrain", small, *TINY)
+    assert code == 0 and "8 steps of 8 samples (1.0 epochs)" in printed
+    assert "model.pt: 8 steps in" in printed and "on 1 held-out records loss" in printed
+
+
+def test_workers_and_files_do_not_change_the_result(small, functions):
+    """Two worker processes; the corpus through a folder, a gzip file and standard input."""
+    assert cli("pretrain", small, *TINY, "--steps", 6, "-o", "a.pt")[0] == 0
+    assert cli("pretrain", small, *TINY, "--steps", 6, "-o", "b.pt", "--workers", 2)[0] == 0
+    assert cli("pretrain", "-", *TINY, "--steps", 6, "-o", "c.pt", input=open(small, "rb").read())[0] == 0
+    assert same(weights("a.pt"), weights("b.pt")) and same(weights("a.pt"), weights("c.pt"))
+    assert cli("pretrain", small, *TINY, "--steps", 6, "-o", "d.pt", "--seed", 1)[0] == 0
+    assert not same(weights("a.pt"), weights("d.pt"))
+
+
+def wait_for(condition, process):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.01)
+
+
+def logged_steps(path):
+    try:
+        return max((json.loads(line)["step"] for line in open(path)), default=0)
+    except (FileNotFoundError, json.JSONDecodeError):
+        return 0
+
+
+def log_time(path):
+    return os.stat(path).st_mtime_ns if os.path.exists(path) else 0
+
+
+def test_a_killed_run_ends_as_an_undisturbed_one(small):
+    """SIGKILL at random steps, twice, then SIGTERM and SIGINT; each time the same command again."""
+    command = ["pretrain", small, *TINY, "--steps", 150, "--workers", 1]
+    whole = program(*command, "-o", "whole.pt")
+    rng = np.random.default_rng(int(time.time()))
+    stops = sorted(rng.integers(10, 120, 4))
+    for stop, number in zip(stops, (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)):
+        before = log_time("m.pt.jsonl")
+        run = program(*command, "-o", "m.pt")
+        wait_for(lambda: log_time("m.pt.jsonl") > before and logged_steps("m.pt.jsonl") >= stop
+                 and os.path.exists("m.pt.state"), run)
+        run.send_signal(number)
+        _, said = run.communicate(timeout=60)
+        if number == signal.SIGKILL:
+            assert run.returncode == -9
+        else:
+            assert run.returncode == 128 + number, (stops, said)
+            assert "interrupted at step" in said and "the same command goes on from it" in said
+        assert "Traceback" not in said and not os.path.exists("m.pt")
+    assert whole.communicate(timeout=100) and whole.returncode == 0
+    code, said = cli(*command, "-o", "m.pt")
+    assert code == 0 and "going on from step" in said
+    assert same(weights("m.pt"), weights("whole.pt")), stops
+    assert open("m.pt.jsonl").read() == open("whole.pt.jsonl").read(), stops
+    assert not os.path.exists("m.pt.state")
+
+
+def folder():
+    return {name: (os.stat(name).st_mtime_ns, open(name, "rb").read()) for name in os.listdir()}
+
+
+def test_a_finished_run_is_not_touched(small):
+    command = ["pretrain", small, *TINY, "--steps", 2]
+    assert cli(*command)[0] == 0
+    before = folder()
+    code, said = cli(*command)
+    assert code == 2 and folder() == before
+    assert "model.pt is a finished run's: give another -o, or --restart to replace it" in said
+    assert cli(*command, "--restart")[0] == 0 and folder().keys() == before.keys()
+    assert folder()["model.pt"] != before["model.pt"]
+
+
+@pytest.fixture
+def unfinished(small):
+    """A command that was interrupted and left a state."""
+    command = ["pretrain", small, *TINY, "--steps", 5000]
+    run = program(*command)
+    wait_for(lambda: os.path.exists("model.pt.state"), run)
+    run.send_signal(signal.SIGINT)
+    assert run.communicate(timeout=60) and run.returncode == 130
+    return command
+
+
+def test_another_runs_state_is_refused(unfinished, small, functions):
+    before = folder()
+    code, said = cli(*unfinished, "--lr", "0.5", "--batch", "4")
+    assert code == 2 and folder() == before
+    assert "is of a run with batch 8, lr 0.002, and this one has batch 4, lr 0.5" in said
+    assert codessm.load("model.pt.state").encoder.config["d"] == 128  # a state file is a checkpoint too
+    write_lines(small, functions[:64])  # the corpus changed
+    code, said = cli(*unfinished)
+    assert code == 2 and "is of a run with corpus" in said
+    command = ["2" if word == 5000 else word for word in unfinished]
+    assert cli(*command)[0] == 2
+    assert cli(*command, "--restart")[0] == 0 and not os.path.exists("model.pt.state")
+
+
+def test_a_damaged_state_is_refused(unfinished):
+    content = open("model.pt.state", "rb").read()
+    open("model.pt.state", "wb").write(content[:len(content) // 2])
+    code, said = cli(*unfinished)
+    assert code == 2 and "model.pt.state is not a codessm checkpoint, or not a whole one" in said
+
+
+def test_one_run_an_output(small):
+    run = program("pretrain", small, *TINY, "--steps", 5000)
+    wait_for(lambda: os.path.exists("model.pt.jsonl") and os.path.getsize("model.pt.jsonl"), run)
+    code, said = cli("pretrain", small, *TINY, "--steps", 5000)
+    assert code == 2 and "another run is writing model.pt" in said
+    run.kill()
+    run.communicate()
