@@ -12,6 +12,11 @@ import codessm
 import data
 
 ROOT = Path(codessm.__file__).resolve().parent
+# the peak memory of a process, which unlike ru_maxrss does not begin with its parent's
+PEAK = """
+def peak():
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+"""
 TINY = ["--size", "tiny", "--vocab", "400", "--ctx", "32", "--batch", "8", "--workers", "0"]
 
 

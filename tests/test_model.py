@@ -10,7 +10,7 @@ import torch
 
 import codessm
 from codessm import S4D, Encoder, Layer
-from conftest import ROOT
+from conftest import PEAK, ROOT
 
 
 @pytest.fixture(autouse=True)
@@ -172,12 +172,12 @@ def test_each_direction_is_causal(reverse, chunk):
     assert same[unreached].all() and not same[reached].any()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_cost_is_linear_in_length():
     """Eight times the tokens take about eight times the time and memory, forwards and backwards."""
-    script = """
-import resource, sys, time, torch
+    script = PEAK + """
+import sys, time, torch
 from codessm import Encoder
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 def run(L): encoder(torch.zeros(1, L, dtype=torch.long)).sum().backward()
 encoder = Encoder(50, d=64, layers=2)
 run(256)
@@ -188,7 +188,7 @@ print(time.perf_counter() - start, peak() - before)
     times, memory = np.array([subprocess.run([sys.executable, "-c", script, str(L)], cwd=ROOT, capture_output=True,
                                              text=True, check=True).stdout.split() for L in (8192, 65536)], float).T
     # a cost in proportion to the square of the length would show 64
-    assert times[1] / times[0] < 20 and memory[1] / memory[0] < 14 and memory[0] > 20_000
+    assert times[1] / times[0] < 32 and memory[1] / memory[0] < 14 and memory[0] > 20e6
 
 
 def test_base_has_the_papers_size():
