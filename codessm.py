@@ -19,7 +19,6 @@ import math
 import os
 import signal
 import sys
-import sysconfig
 import time
 import zlib
 from pathlib import Path
@@ -32,6 +31,7 @@ for name in ("data", "tasks"):
                           "rename it, or run from another folder")
 
 import click
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import gelu, pad
@@ -69,53 +69,56 @@ class S4D(nn.Module):
     def discretise(self, c: int) -> tuple[torch.Tensor, torch.Tensor]:
         """C-bar (N, 2) and the powers A-bar^l for l = 0 ... c, (N, c + 1, 2); in the parameters' dtype.
 
-        The exponents are formed in float64, and the phase l Im(Delta A) is reduced mod 2 pi there: at
-        l = 2,048 a float32 phase would be wrong in its second digit.
+        With x + iy = Delta A, l x and l y are formed in float64 and the phase l y is reduced mod 2 pi there:
+        at l = 2,048 a float32 phase is wrong in its second digit.
         """
-        # MPS has no float64
-        wide = torch.float32 if self.C.device.type == "mps" else torch.float64
-        step = self.log_step.to(wide).exp()
-        A_re, A_im = self.A_re.to(wide).clamp(max=-1e-4), self.A_im.to(wide)
-        x, y = step * A_re, step * A_im
-        # (A-bar - 1) without cancellation where Delta A is small
-        m_re = torch.expm1(x) * torch.cos(y) - 2 * torch.sin(y / 2) ** 2
-        m_im = torch.exp(x) * torch.sin(y)
+        device, dtype = self.C.device, self.C.dtype
+        wide = dict(dtype=torch.float64, device="cpu" if device.type == "mps" else device)  # MPS has no float64
+        Delta, A_re, A_im = self.log_step.to(**wide).exp(), self.A_re.to(**wide).clamp(max=-1e-4), self.A_im.to(**wide)
+        C_re, C_im = self.C.to(**wide).unbind(-1)
+        x, y = Delta * A_re, Delta * A_im
+        # A-bar - 1, without cancellation where Delta A is small
+        minus_re = torch.expm1(x) * torch.cos(y) - 2 * torch.sin(y / 2) ** 2
+        minus_im = torch.exp(x) * torch.sin(y)
+        # B-bar = (A-bar - 1) / A, B being 1
         norm = A_re ** 2 + A_im ** 2
-        q_re, q_im = (m_re * A_re + m_im * A_im) / norm, (m_im * A_re - m_re * A_im) / norm
-        C_re, C_im = self.C.to(wide).unbind(-1)
-        C_bar = torch.stack([C_re * q_re - C_im * q_im, C_re * q_im + C_im * q_re], -1)
-
+        B_re, B_im = (minus_re * A_re + minus_im * A_im) / norm, (minus_im * A_re - minus_re * A_im) / norm
+        C_bar = torch.stack([C_re * B_re - C_im * B_im, C_re * B_im + C_im * B_re], -1)
+        # A-bar^l = exp(l x) (cos l y + i sin l y)
         l = torch.arange(c + 1, device=x.device)
-        size = torch.exp((x[:, None] * l).to(self.C.dtype))
-        phase = torch.remainder(y[:, None] * l, 2 * math.pi).to(self.C.dtype)
-        powers = torch.stack([size * torch.cos(phase), size * torch.sin(phase)], -1)
-        return C_bar.to(self.C.dtype), powers
+        modulus = torch.exp((x[:, None] * l).to(dtype))
+        phase = torch.remainder(y[:, None] * l, 2 * math.pi).to(dtype)
+        powers = torch.stack([modulus * torch.cos(phase), modulus * torch.sin(phase)], -1)
+        return C_bar.to(device, dtype), powers.to(device)
 
     def forward(self, u: torch.Tensor, reverse: bool = False) -> torch.Tensor:
-        """y (B, L, d) of u (B, L, d); with `reverse` the SSM is anti-causal and runs from the right."""
+        """y (B, L, d) of u (B, L, d), L >= 1, in u's dtype; with `reverse` the SSM is anti-causal.
+
+        The matrices and the carried states are made in the parameters' dtype, float32, whatever u's is.
+        """
         B, L, d = u.shape
         n = -(-L // self.chunk)
         c = -(-L // n)
-        with torch.autocast(u.device.type, enabled=False):
-            C_bar, powers = self.discretise(c)
-            C_re, C_im = C_bar[:, None].unbind(-1)
-            P_re, P_im = powers.unbind(-1)
-            W_re, W_im = C_re * P_re - C_im * P_im, C_re * P_im + C_im * P_re  # C-bar A-bar^l, (N, c + 1)
-            K = W_re[:, :c].sum(0)
-            # T[i, j] = K[i - j] for i >= j, and D on the diagonal
-            K = torch.cat([K.new_zeros(c - 1), K[:1] + self.D, K[1:]])
-            T = K.unfold(0, c, 1).flip(1)
-            T = T.mT if reverse else T
+        C_bar, powers = self.discretise(c)
+        C_re, C_im = C_bar[:, None].unbind(-1)
+        P_re, P_im = powers.unbind(-1)
+        W_re, W_im = C_re * P_re - C_im * P_im, C_re * P_im + C_im * P_re  # C-bar A-bar^l, (N, c + 1)
+        # T[i, j] = K[i - j] for i >= j, and D on the diagonal; K[l] = Re sum_n C-bar_n A-bar_n^l
+        K = W_re[:, :c].sum(0)
+        K = torch.cat([K.new_zeros(c - 1), K[:1] + self.D, K[1:]])
+        T = K.unfold(0, c, 1).flip(1)
+        T = T.mT if reverse else T
         if n * c > L:
             u = pad(u, (0, 0, 0, n * c - L))
         u = u.reshape(B * n, c, d)
-        y = T.expand(B * n, c, c) @ u
+        y = T.to(u.dtype).expand(B * n, c, c) @ u
         if n > 1:
-            E = torch.cat([P_re, P_im])[:, :c]  # (2N, c): A-bar^j, the order of the anti-causal one
+            E = torch.cat([P_re, P_im])[:, :c]  # (2N, c): A-bar^j, as the anti-causal SSM has it
             O = torch.cat([W_re, -W_im])[:, 1:].mT  # (c, 2N): Re(C-bar A-bar^(i + 1) H) = O [Re H, Im H]
             E, O = (E, O.flip(0)) if reverse else (E.flip(1), O)
-            S = (E.expand(B * n, -1, c) @ u).view(B, n, -1, d)
-            y = torch.baddbmm(y, O.expand(B * n, c, -1), self.carry(S, powers[:, c], reverse).view(B*n,-1,d))
+            S = (E.to(u.dtype).expand(B * n, -1, c) @ u).view(B, n, -1, d)
+            H = self.carry(S, powers[:, c], reverse).view(B * n, -1, d)
+            y = torch.baddbmm(y, O.to(u.dtype).expand(B * n, c, -1), H.to(u.dtype))
         return y.reshape(B, n * c, d)[:, :L]
 
     @staticmethod
@@ -158,7 +161,10 @@ class Layer(nn.Module):
         self.o = nn.Linear(3 * d, d)
 
     def forward(self, X: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Xo (B, L, d) of Xi (B, L, d); `mask` (B, L, 1) is 0 at padding and keeps it out of the SSMs."""
+        """Xo (B, L, d) of Xi (B, L, d), floating; `mask` (B, L, 1), bool, is False at padding.
+
+        The mask keeps padding out of the SSMs, the one place where positions meet.
+        """
         d = X.shape[-1]
         V, F, B = gelu(self.vfb(self.norm(X))).split([3 * d, d, d], -1)
         if mask is not None:
@@ -191,15 +197,14 @@ class Encoder(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, ids: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
-        """Hidden states (B, L, d) of token ids (B, L), int32 or int64, right-padded.
+        """Hidden states (B, L, d), float32, of token ids (B, L), int32 or int64, right-padded.
 
         `lengths` (B,) counts the real tokens of each row; without it every token is real. What stands
         at padding is unspecified, and no real position depends on it.
         """
-        mask = None
-        X = self.norm(self.embedding(ids))
+        X, mask = self.norm(self.embedding(ids)), None
         if lengths is not None:
-            mask = (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None])[..., None].to(X.dtype)
+            mask = (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None])[..., None]
         for layer in self.layers:
             X = layer(X, mask)
         return X
@@ -223,6 +228,9 @@ def load(path: str | os.PathLike, device: str = "cpu") -> MLM:
 
 # ---- the command line -------------------------------------------------------------------------------
 
+OUT_OF_MEMORY = "out of memory: use a smaller --batch, --ctx or --size, or a larger --accumulate"
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM, where there is nothing to save yet."""
 
@@ -240,16 +248,21 @@ class Commands(click.Group):
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
             code = 143 if isinstance(error, Terminated) else 130
-            raise Problem("interrupted before there was anything to save", code) from None
+            raise Problem("interrupted before training began: nothing is lost", code) from None
         except BrokenPipeError:
             raise
+        except MemoryError:
+            raise Problem(OUT_OF_MEMORY, 1) from None
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
             raise Problem(f"{where}{error.strerror or error}", 1) from None
         except RuntimeError as error:
-            if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
-                raise
-            raise Problem("out of memory: use a smaller --batch, --ctx or --size, or a larger --accumulate", 1) from None
+            if "DataLoader worker" in str(error):
+                raise Problem("a process that tokenises died, perhaps for want of memory: use fewer --workers",
+                              1) from None
+            if "out of memory" in str(error) or "can't allocate memory" in str(error):
+                raise Problem(OUT_OF_MEMORY, 1) from None
+            raise
         finally:
             signal.signal(signal.SIGTERM, before)
 
@@ -267,9 +280,11 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
+        if device.type in ("cpu", "cuda", "mps"):
+            return device
     except (RuntimeError, AssertionError, NotImplementedError):
-        raise Problem(f"--device {name}: there is no such device here; cpu always works") from None
-    return device
+        pass
+    raise Problem(f"--device {name}: there is no such device here; cpu always works")
 
 
 @cli.command(epilog="Example: codessm pretrain corpus.jsonl --ctx 256 --steps 10000 -o model.pt")
@@ -280,7 +295,8 @@ def choose_device(name: str) -> torch.device:
               help="12 layers of width 1024, 6 of 512, 4 of 128.")
 @click.option("--tokenizer", "tokenizer_path", metavar="FILE",
               help="A Hugging Face tokenizer.json.  [default: train one on the corpus]")
-@click.option("--vocab", type=click.IntRange(1), help="Entries of a trained tokenizer.  [default: 32100; tiny: 4096]")
+@click.option("--vocab", type=click.IntRange(1, 10_000_000), 
+              help="Entries of a trained tokenizer.  [default: 32100; tiny: 4096]")
 @click.option("--steps", type=click.IntRange(1), help="Optimizer steps; or give --epochs.")
 @click.option("--epochs", type=click.IntRange(1), help="Passes over the corpus.  [default: 1]")
 @click.option("--batch", default=32, show_default=True, type=click.IntRange(1), help="Samples a step.")
@@ -292,8 +308,10 @@ def choose_device(name: str) -> torch.device:
 @click.option("--code-field", metavar="NAME", help="The field that holds the code, if its name is not a known one.")
 @click.option("--text-field", metavar="NAME", help="The same for the text.")
 @click.option("--skip-bad", is_flag=True, help="Count bad lines and pass over them.")
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of weights, order, windows, masks.")
-@click.option("-o", "output_path", default="model.pt", show_default=True, metavar="FILE", help="The checkpoint to write.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1),
+              help="Of weights, order, windows and masks.")
+@click.option("-o", "output_path", default="model.pt", show_default=True, metavar="FILE",
+              help="The checkpoint to write.")
 @click.option("--restart", is_flag=True, help="Begin anew, whatever an earlier run left at -o.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps; auto is cuda, else cpu.")
 @click.option("--workers", type=click.IntRange(0),
@@ -308,6 +326,10 @@ def pretrain(corpus, ctx, size, tokenizer_path, vocab, steps, epochs, batch, acc
     """
     if steps and epochs:
         raise click.UsageError("give --steps or --epochs, not both")
+    if vocab and tokenizer_path:
+        raise click.UsageError("give --tokenizer or --vocab, not both: a given tokenizer has its own entries")
+    if lr and not math.isfinite(lr):
+        raise click.UsageError(f"--lr {lr} is not a number to learn with")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise Problem("this version trains in one process: start it without torchrun, or with --nproc-per-node 1")
     if steps is None and epochs is None:
@@ -318,7 +340,7 @@ def pretrain(corpus, ctx, size, tokenizer_path, vocab, steps, epochs, batch, acc
         given = data.load_tokenizer(tokenizer_path) if tokenizer_path else None
         sources = data.find_sources(corpus) if corpus else [data.standard_library()]
         settings = dict(
-            corpus=[[source.name, source.mark] for source in sources], limit=limit, code_field=code_field,
+            corpus={source.name: source.mark for source in sources}, limit=limit, code_field=code_field,
             text_field=text_field, skip_bad=skip_bad, ctx=ctx, size=size,
             tokenizer=zlib.crc32(given.text.encode()) if given else None,
             vocab=given.vocab if given else vocab or (4096 if size == "tiny" else 32100),
@@ -326,9 +348,11 @@ def pretrain(corpus, ctx, size, tokenizer_path, vocab, steps, epochs, batch, acc
         state = output.resume(settings)
 
         records = data.Corpus(sources, code_field, text_field, limit, skip_bad)
-        if len(records.train) < batch:
-            raise Problem(f"the corpus has {len(records.train)} samples to train on, fewer than one batch: "
-                          f"give more of it, or --batch {max(1, len(records.train))} or less")
+        if len(records.train) < batch or not len(records.held_out):
+            count = len(records.train)
+            raise Problem(f"the corpus has {count} samples to train on and {len(records.held_out)} to evaluate on, "
+                          "fewer than one batch: give more of it"
+                          + (f", or --batch {count} or less" if count > 1 else ""))
         if state:
             tokenizer = Tokenizer(state["tokenizer"])
         else:
@@ -336,38 +360,46 @@ def pretrain(corpus, ctx, size, tokenizer_path, vocab, steps, epochs, batch, acc
         samples = data.Samples(records, tokenizer, ctx, seed)
         lengths = data.choose_lengths(data.sample_lengths(samples, records.train), ctx)
         batches = data.Batches(samples, records.train, batch, lengths, tokenizer.pad, seed)
-        held_out = data.Batches(samples, records.held_out[:HELD_OUT], batch, lengths, tokenizer.pad)
+        some = np.linspace(0, len(records.held_out) - 1, min(HELD_OUT, len(records.held_out))).astype(int)
+        held_out = data.Batches(samples, records.held_out[some], batch, lengths, tokenizer.pad)
+        held_out_batches = list(held_out.stream(stop=len(held_out)))
         steps = steps or epochs * len(batches)
         eval_every = eval_every or -(-steps // 10)
+        if workers is None:
+            workers = min(4, max(1, (os.cpu_count() or 1) // 2))
 
         torch.manual_seed(seed)
         task = MLM(Encoder(tokenizer.vocab, **SIZES[size]), tokenizer, seed).to(device)
+        if not any(task.prepare(batch)[1] for batch in held_out_batches):
+            raise Problem(f"nothing to predict in the {len(held_out.records)} records held out: give a larger corpus")
         parameters = sum(p.numel() for p in task.parameters())
         for name, value in (
-                ("corpus", f"{', '.join(s.name for s in sources)}: {len(records):,} records, {data.size(records.bytes)}, "
-                           f"{len(held_out.records):,} of them held out for evaluation"
+                ("corpus", f"{data.listed(s.name for s in sources)}: {len(records):,} records, "
+                           f"{data.size(records.bytes)}, {len(records.held_out):,} of them held out, "
+                           f"{len(held_out.records):,} for evaluation"
                            + (f"; {records.bad:,} bad lines passed over" if records.bad else "")),
                 ("tokenizer", f"{tokenizer.vocab:,} entries, {'given' if given else 'trained on the corpus'}"),
-                ("samples", f"ctx {ctx}, padded to {', '.join(map(str, lengths))}"),
-                ("model", f"codessm {size}, {parameters:,} parameters, on {device}"),
+                ("samples", f"ctx {ctx}, padded to {', '.join(map(str, lengths))}; {workers} processes tokenise ahead"),
+                ("model", f"codessm {size}, {parameters:,} parameters, on {device} in "
+                          f"{'bfloat16' if tasks.bf16(device) else 'float32'}"),
                 ("training", f"{steps:,} steps of {batch} samples ({steps / len(batches):.1f} epochs), "
-                             f"learning rate {lr:g}, seed {seed}, accumulate {accumulate}, "
+                             f"peak learning rate {lr:g} after {tasks.warmup(steps):,} steps, cosine, "
+                             f"weight decay {tasks.WEIGHT_DECAY:g}, seed {seed}, accumulate {accumulate}, "
                              f"an evaluation every {eval_every:,} steps"),
                 ("output", f"{output_path}, metrics in {output_path}.jsonl")):
             say(f"{name:10} {value}")
 
-        metrics = tasks.train(task, batches, list(held_out.stream(stop=len(held_out))), output, state, settings=settings,
-                              steps=steps, lr=lr, accumulate=accumulate,
-                              eval_every=eval_every,
-                              workers=min(4, max(1, (os.cpu_count() or 1) // 2)) if workers is None else workers)
+        metrics = tasks.train(task, batches, held_out_batches, output, state,
+                              settings=settings, steps=steps, lr=lr, accumulate=accumulate, eval_every=eval_every,
+                              workers=workers)
     result = dict(output=output_path, steps=steps, parameters=parameters, held_out=len(held_out.records),
                   seconds=round(time.monotonic() - started, 1), **metrics)
     if as_json:
         click.echo(json.dumps(result))
     else:
-        click.echo(f"{output_path}: {steps:,} steps in {result['seconds']:.0f} s; on {len(held_out.records):,} held-out "
-                   f"records loss {metrics['loss']:.3f}, accuracy {metrics['accuracy']:.1%}, "
-                   f"perplexity {metrics['perplexity']:.1f}")
+        click.echo(f"{output_path}: {steps:,} steps in {result['seconds']:.0f} s; "
+                   f"on {len(held_out.records):,} held-out records loss {metrics['loss']:.3f}, "
+                   f"accuracy {metrics['accuracy']:.1%}, perplexity {metrics['perplexity']:.1f}")
 
 
 @cli.command(epilog="Example: codessm corpus ~/projects -o corpus.jsonl")
@@ -379,7 +411,7 @@ def corpus(paths, output_path):
     PATHS: folders and files; without any, the Python standard library. Docstrings stand apart from the
     code, exact duplicates are dropped; hidden, vendored and installed folders below PATHS are left out.
     """
-    paths = paths or [sysconfig.get_paths()["stdlib"]]
+    paths = paths or [data.STANDARD_LIBRARY]
     if output_path is None:
         data.build_corpus(paths, sys.stdout.buffer)
         return

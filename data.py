@@ -9,8 +9,10 @@
 import array
 import ast
 import atexit
+import ctypes
 import glob
 import gzip
+import heapq
 import io
 import json
 import os
@@ -25,6 +27,7 @@ import tokenize
 import warnings
 import zlib
 from contextlib import closing, contextmanager
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Callable, Iterable, Iterator, NamedTuple
@@ -32,12 +35,14 @@ from typing import Callable, Iterable, Iterator, NamedTuple
 import click
 import numpy as np
 import tokenizers
+import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 CODE_FIELDS = ("code", "content", "func_code_string", "whole_func_string", "func", "function", "src",
                "original_string")
 TEXT_FIELDS = ("docstring", "func_documentation_string", "nl", "doc", "query", "text")
+STANDARD_LIBRARY = sysconfig.get_paths()["stdlib"]
 STARCODER = re.compile(r"\A(?:<(?:reponame|filename|gh_stars)>[^<\n]*)+\n?")
 
 
@@ -80,12 +85,19 @@ def size(count: float) -> str:
     return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
 
 
+def listed(names: Iterable[str]) -> str:
+    """At most three of the names, for a sentence."""
+    names = list(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
+
+
 @contextmanager
 def atomic(path: str | os.PathLike) -> Iterator[io.BufferedWriter]:
     """A binary file that replaces `path` as a whole when the block ends, and leaves it alone if it fails.
 
     The bytes go to `path`.tmp, are flushed to the disk, and the file is renamed.
     """
+    path = os.path.realpath(path)
     temporary = f"{path}.tmp"
     try:
         with open(temporary, "wb") as file:
@@ -96,7 +108,7 @@ def atomic(path: str | os.PathLike) -> Iterator[io.BufferedWriter]:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    directory = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
+    directory = os.open(os.path.dirname(path), os.O_RDONLY)
     try:
         os.fsync(directory)
     finally:
@@ -105,9 +117,11 @@ def atomic(path: str | os.PathLike) -> Iterator[io.BufferedWriter]:
 
 def check_writable(path: str | os.PathLike) -> None:
     """Raise a `Problem` unless a file could be written at `path` now."""
-    folder = os.path.dirname(os.path.abspath(path))
-    if os.path.isdir(path):
-        raise Problem(f"{path} is a folder: give -o the name of a file")
+    folder = os.path.dirname(os.path.realpath(path))
+    if not path or os.path.isdir(path):
+        raise Problem(f"{path or 'an empty name'} is a folder: give -o the name of a file")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise Problem(f"{path} is no plain file: give -o another name")
     if not os.path.isdir(folder):
         raise Problem(f"cannot write {path}: there is no folder {folder}")
     try:
@@ -137,45 +151,65 @@ def spool_folder() -> str:
     return spool_folder.path
 
 
-def spool(name: str, stream, total: int | None = None) -> str:
+def spool(name: str, stream: io.IOBase) -> str:
     """Copy a binary stream, decompressed if it is gzip, to a temporary file; returns its path."""
     path = os.path.join(spool_folder(), f"{len(os.listdir(spool_folder()))}.jsonl")
+    Path(path).touch()
     raw = io.BufferedReader(stream) if not hasattr(stream, "peek") else stream
     compressed = raw.peek(2)[:2] == b"\x1f\x8b"
     plain = gzip.GzipFile(fileobj=raw) if compressed else raw
-    try:
-        with open(path, "wb") as out, progress(desc=f"reading {name}", unit="B") as bar:
-            while block := plain.read(1 << 20):
-                out.write(block)
-                bar.update(len(block))
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise Problem(f"{name}: not a whole gzip file ({error})") from None
+    with progress(desc=f"reading {name}", unit="B") as bar:
+        while True:
+            try:
+                block = plain.read(1 << 20)
+            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+                raise Problem(f"{name}: not a whole gzip file ({error})") from None
+            if not block:
+                break
+            try:
+                with open(path, "ab") as out:
+                    out.write(block)
+            except OSError as error:
+                raise Problem(f"no room to unpack {name} in {os.path.dirname(path)}: {error.strerror}; make some, or "
+                              "let TMPDIR name another folder", 1) from None
+            bar.update(len(block))
     say(f"{name}: {size(os.path.getsize(path))} {'decompressed' if compressed else 'read'} into "
         f"{os.path.dirname(path)}, removed at exit")
     return path
 
 
+LOG_START = b'{"step": '  # of the metrics log that a run writes beside its checkpoint
+
+
+def is_log(path: str) -> bool:
+    """Whether a file is empty or a metrics log: one that lies beside a corpus is no part of it."""
+    with open(path, "rb") as file:
+        return file.read(len(LOG_START)) in (b"", LOG_START)
+
+
 def find_sources(paths: Iterable[str]) -> list[Source]:
     """The corpus files behind files, folders, globs, `.gz` files and `-`, in order, each once.
 
-    A folder gives its `*.jsonl` and `*.jsonl.gz`, its subfolders' too, sorted. What is no plain file
-    (gzip, a pipe) is spooled to a temporary one. Raises `Problem`.
+    A folder gives its `*.jsonl` and `*.jsonl.gz`, its subfolders' too, sorted; empty files and metrics logs
+    in it are passed over. What is no plain file (gzip, a pipe) is spooled to a temporary one. Raises `Problem`.
     """
-    names: dict[str, None] = {}
+    names: dict[str, str] = {}
     for path in map(str, paths):
         if os.path.isdir(path):
-            found = sorted(str(p) for ending in ("*.jsonl", "*.jsonl.gz") for p in Path(path).rglob(ending))
+            found = sorted(str(p) for ending in ("*.jsonl", "*.jsonl.gz") for p in Path(path).rglob(ending)
+                           if p.is_file() and not is_log(p))
             if not found:
                 raise Problem(f"{path}: no .jsonl or .jsonl.gz file in this folder; "
                               f"`codessm corpus {path} -o corpus.jsonl` makes one of source files")
         elif path == "-" or os.path.exists(path):
             found = [path]
         else:
-            found = sorted(glob.glob(path, recursive=True))
+            found = sorted(p for p in glob.glob(path, recursive=True) if os.path.isfile(p) and not is_log(p))
             if not found:
                 raise Problem(f"{path}: no such file")
-        names.update(dict.fromkeys(found))
-    return [open_source(name) for name in names]
+        for name in found:
+            names.setdefault(name if name == "-" else os.path.realpath(name), name)
+    return [open_source(name) for name in names.values()]
 
 
 def open_source(name: str) -> Source:
@@ -199,7 +233,7 @@ def standard_library() -> Source:
     """The running interpreter's own standard library as a corpus: the default one."""
     path = os.path.join(spool_folder(), "standard-library.jsonl")
     with open(path, "wb") as out:
-        build_corpus([sysconfig.get_paths()["stdlib"]], out)
+        build_corpus([STANDARD_LIBRARY], out)
     mark = f"{os.path.getsize(path)} bytes, {zlib.crc32(Path(path).read_bytes())}"
     return Source(f"standard library of Python {sys.version.split()[0]}", path, mark)
 
@@ -211,9 +245,13 @@ def first_field(record: dict, names: Iterable[str]) -> str | None:
         if value is not None:
             if not isinstance(value, str):
                 raise BadLine(f'the field "{name}" is {JSON_KIND.get(type(value), "a number")}, not a string')
-            # lone surrogates, which JSON can spell and UTF-8 cannot
-            return value if value.isascii() else value.encode("utf-8", "replace").decode()
+            return well_formed(value)
     return None
+
+
+def well_formed(string: str) -> str:
+    """The string with lone surrogates replaced, which JSON and Python can spell and UTF-8 cannot."""
+    return string if string.isascii() else string.encode("utf-8", "replace").decode()
 
 
 JSON_KIND = {list: "an array", dict: "an object", str: "a string", bool: "a truth value", type(None): "null"}
@@ -222,13 +260,22 @@ JSON_KIND = {list: "an array", dict: "an object", str: "a string", bool: "a trut
 def once(text: str, code: str) -> tuple[str, str]:
     """(text, code) without the text in both: CodeSearchNet's Python code still holds its docstring.
 
-    A docstring in quotes is cut out of the code; a text found elsewhere in it stays there alone.
+    A docstring on lines of its own is cut out of the code; a text found elsewhere in it stays there alone.
     """
     text = text.strip()
-    if not text or text not in code:
+    at = code.find(text)
+    if not text or at < 0:
         return text, code
-    quoted = re.search(r"[ \t]*[rRuU]?(\"\"\"|'''|\"|')\s*" + re.escape(text) + r"\s*\1[ \t]*\n?", code)
-    return (text, code[:quoted.start()] + code[quoted.end():]) if quoted else ("", code)
+    before, after = code[:at].rstrip(), code[at + len(text):].lstrip()
+    for quote in ('"""', "'''", '"', "'"):
+        if before.endswith(quote) and after.startswith(quote):
+            before, after = before[:-len(quote)], after[len(quote):]
+            start, end = before.rfind("\n") + 1, (after + "\n").find("\n")
+            # a string that is a statement: nothing else is on its lines
+            if before[start:].strip().lower() in ("", "r", "u") and not after[:end].strip():
+                return text, before[:start] + after[end + 1:]
+            break
+    return "", code
 
 
 def parse_json(line: bytes) -> dict:
@@ -255,7 +302,8 @@ class Corpus:
         limit: only the first so many records of each file.
         skip_bad: count bad lines and pass over them, where otherwise the first is a `Problem`.
     After the one pass over the files, `corpus[i]` reads record i; `train` and `held_out` are arrays of
-    record numbers (uint32), the second of them 1 % chosen by a hash of the line; `bytes` is their size.
+    record numbers (uint32); `bytes` is the size of all. Held out is 1 % by a hash of the line; of fewer than
+    3,200 records a tenth, 32 at most, with the lowest hashes. Raises `Problem`.
     """
 
     def __init__(self, sources: list[Source], code_field: str | None = None, text_field: str | None = None,
@@ -265,14 +313,14 @@ class Corpus:
         self.text_fields = (text_field,) if text_field else TEXT_FIELDS
         self.plain_text = not code_field and not text_field  # a record with `text` alone is code
         self.bad = self.bytes = texts = 0
-        offsets, held, self.first = array.array("Q"), bytearray(), []
-        lowest, lowest_hash = 0, 1 << 32
+        offsets, held, first = array.array("Q"), bytearray(), []
+        lowest: list[tuple[int, int]] = []  # (-hash, record) of the 32 lowest hashes
         files = [os.path.getsize(source.path) for source in sources]
         with progress(total=sum(files), desc="reading corpus", unit="B") as bar:
             for source in sources:
-                self.first.append(len(offsets))
+                first.append(len(offsets))
                 for number, offset, line in lines(source.path):
-                    if limit is not None and len(offsets) - self.first[-1] == limit:
+                    if limit is not None and len(offsets) - first[-1] == limit:
                         break
                     bar.update(len(line))
                     try:
@@ -284,22 +332,23 @@ class Corpus:
                         worst = f"{source.name}:{number}: {error}"
                         continue
                     checksum = zlib.crc32(line.strip())
-                    if checksum < lowest_hash:
-                        lowest, lowest_hash = len(offsets), checksum
+                    (heapq.heappush if len(lowest) < 32 else heapq.heappushpop)(lowest, (-checksum, len(offsets)))
                     offsets.append(offset)
                     held.append(checksum % 100 == 0)
                     self.bytes += len(line)
                     texts += bool(text)
-        names = ", ".join(source.name for source in sources)
+        names = listed(source.name for source in sources)
         if not offsets:
             raise Problem(f"{names}: no records" + (f"; the last of {self.bad} bad lines is {worst}"
                                                     if self.bad else ": the corpus is empty"))
         if text_field and not texts:
             raise Problem(f'{names}: no record has the field "{text_field}" given with --text-field')
-        self.offsets = np.frombuffer(offsets, np.uint64)
+        self.offsets, self.first = np.frombuffer(offsets, np.uint64), np.array(first)
         flags = np.frombuffer(held, bool)
-        if not flags.any() and len(flags) > 1:
-            held[lowest] = 1  # a small corpus still holds one record out
+        least = min(32, max(1, len(flags) // 10), len(flags) - 1)
+        if flags.sum() < least:
+            for _, record in sorted(lowest, reverse=True)[:least]:
+                held[record] = 1
         self.train = np.flatnonzero(~flags).astype(np.uint32)
         self.held_out = np.flatnonzero(flags).astype(np.uint32)
 
@@ -326,18 +375,21 @@ class Corpus:
 
     def line(self, record: int) -> bytes:
         """The raw line of a record."""
-        path = self.sources[np.searchsorted(self.first, record, side="right") - 1].path
-        with open(path, "rb") as file:
+        with open(self.source(record).path, "rb") as file:
             file.seek(int(self.offsets[record]))
             return file.readline()
 
+    def source(self, record: int) -> Source:
+        """The file that a record is in."""
+        return self.sources[np.searchsorted(self.first, record, side="right") - 1]
+
     def __getitem__(self, record: int) -> tuple[str, str]:
+        """(text, code) of a record, read from its file; raises `Problem` if that has changed."""
         try:
             return self.parse(self.line(record))
         except (BadLine, OSError) as error:
-            source = self.sources[np.searchsorted(self.first, record, side="right") - 1]
-            raise Problem(f"{source.name} changed while it was being read: at byte {self.offsets[record]} "
-                          f"there is now {error}", 1) from None
+            raise Problem(f"{self.source(record).name} changed while it was being read: at byte "
+                          f"{self.offsets[record]} there is now {error}", 1) from None
 
 
 def lines(path: str) -> Iterator[tuple[int, int, bytes]]:
@@ -430,6 +482,9 @@ def train_tokenizer(corpus: Corpus, vocab: int, most: int = 200_000_000) -> Toke
 
 # ---- samples and batches ----------------------------------------------------------------------------
 
+WINDOW, CHOSEN, KIND, WHICH = range(4)  # what a draw is for
+
+
 def draw(seed: int, epoch: int, record: np.ndarray, position: np.ndarray, use: int) -> np.ndarray:
     """Numbers in [0, 1), float64, one for each broadcast element: SplitMix64 (Steele et al. 2014) as a hash.
 
@@ -460,7 +515,7 @@ class Samples:
         ids = [tokenizer.start]
         if text:
             ids += self.window(text, self.ctx // 2 - 2) + [tokenizer.end]
-        place = draw(self.seed, epoch, record, 0, 0).item() if epoch else 0.0
+        place = draw(self.seed, epoch, record, 0, WINDOW).item() if epoch else 0.0
         return ids + self.window(code, self.ctx - len(ids) - 1, place) + [tokenizer.end]
 
     def window(self, string: str, room: int, place: float = 0.0) -> list[int]:
@@ -517,10 +572,23 @@ def choose_lengths(counts: np.ndarray, ctx: int, most: int | None = None) -> lis
     return [int(lengths[j]) for j in sorted({*chosen, j, len(lengths) - 1})]
 
 
-def ignore_signals(_worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal: the main one saves and then ends its workers itself."""
+def start_worker(parent: int, _worker: int) -> None:
+    """Tie a worker process to its parent.
+
+    Ctrl-C reaches every process of a terminal: the main one saves, and then ends its workers itself. If it is
+    killed, they must not live on with what they inherited, the lock on the run's output among it.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
+
+
+def as_it_is(pool):
+    return pool
 
 
 class Batches(Dataset):
@@ -596,8 +664,9 @@ class Batches(Dataset):
 
         # after this fork no thread pool of the tokenizers library may be used
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        loader = DataLoader(self, batch_size=None, sampler=keys(), num_workers=workers, collate_fn=lambda x: x,
-                            worker_init_fn=ignore_signals,
+        loader = DataLoader(self, batch_size=None, sampler=keys(), num_workers=workers, collate_fn=as_it_is,
+                            worker_init_fn=partial(start_worker, os.getpid()),
+                            generator=torch.Generator(),  # without one it draws from the global random state
                             multiprocessing_context="fork" if workers and sys.platform == "linux" else None)
         number = start - start % len(self) % self.POOL
         pending = iter(loader)
@@ -628,7 +697,7 @@ NOT_SOURCES = {"__pycache__", "node_modules", "site-packages", "dist-packages"}
 LARGEST_SOURCE = 1 << 20  # bytes; above it a file is generated or minified
 
 
-def find_sources_of_code(paths: Iterable[str]) -> Iterator[tuple[str, str]]:
+def source_files(paths: Iterable[str]) -> Iterator[tuple[str, str]]:
     """(path, path relative to the tree) of each source file, sorted, without hidden and installed folders."""
     for root in paths:
         if os.path.isfile(root):
@@ -652,7 +721,7 @@ def build_corpus(paths: Iterable[str], out: io.BufferedWriter) -> None:
     for path in paths:
         if not os.path.exists(path):
             raise Problem(f"{path}: no such file or folder")
-    files = list(find_sources_of_code(paths))
+    files = list(source_files(paths))
     if not files:
         raise Problem(f"{', '.join(paths)}: no source files; known are {' '.join(LANGUAGES)}")
     seen: set[bytes] = set()
@@ -667,12 +736,13 @@ def build_corpus(paths: Iterable[str], out: io.BufferedWriter) -> None:
             skipped[reason] = skipped.get(reason, 0) + 1
             continue
         for record in cut_source(source, language):
+            record = {name: well_formed(v) if isinstance(v, str) else v for name, v in record.items()}
             digest = blake2b(record["code"].encode(), digest_size=16).digest()
             if digest in seen:
                 duplicates += 1
                 continue
             seen.add(digest)
-            line = json.dumps(record | {"language": language, "path": relative}, ensure_ascii=False)
+            line = json.dumps(record | {"language": language, "path": well_formed(relative)}, ensure_ascii=False)
             out.write(line.encode() + b"\n")
             records += 1
     left_out = "".join(f"; {count:,} files left out: {reason}" for reason, count in sorted(skipped.items()))

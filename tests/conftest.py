@@ -3,6 +3,7 @@ import io
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,14 @@ def program(*args, **options):
     """`python codessm.py ...` as a process of its own."""
     return subprocess.Popen([sys.executable, str(ROOT / "codessm.py"), *map(str, args)], stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, text=True, **options)
+
+
+def wait_for(condition, process):
+    """Until the condition holds, while the process lives, for a minute at most."""
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.01)
 
 
 @pytest.fixture(scope="session")

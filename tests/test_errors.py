@@ -1,5 +1,6 @@
 """What a user can do wrong, through the command line: one sentence, the right exit code, nothing lost."""
 import gzip
+import io
 import os
 import resource
 import signal
@@ -12,13 +13,14 @@ import torch
 import codessm
 import data
 import tasks
-from conftest import ROOT, TINY, cli, program, write_lines
+from conftest import ROOT, TINY, cli, program, wait_for, write_lines
 
 
 def refused(*args, input=None, code=2):
     """The one sentence of a `pretrain` that ends with `code` and leaves no output."""
     before = os.listdir()
-    exit_code, said = cli("pretrain", *args, *TINY, "--steps", 3, input=input)
+    tiny = [*TINY[:2], *TINY[4:]] if "--tokenizer" in args else TINY  # a given tokenizer and --vocab exclude each other
+    exit_code, said = cli("pretrain", *args, *tiny, "--steps", 3, input=input)
     assert exit_code == code, said
     assert os.listdir() == before
     errors = [line for line in said.splitlines() if line.startswith("Error: ")]
@@ -62,8 +64,14 @@ def test_field_options(small):
 
 def test_fewer_samples_than_a_batch(small, functions):
     write_lines("few.jsonl", functions[:8])
-    assert refused("few.jsonl") == ("the corpus has 7 samples to train on, fewer than one batch: "
+    assert refused("few.jsonl") == ("the corpus has 7 samples to train on and 1 to evaluate on, fewer than one batch: "
                                     "give more of it, or --batch 7 or less")
+    write_lines("one.jsonl", functions[:1])
+    code, said = cli("pretrain", "one.jsonl", *TINY, "--batch", 1)
+    assert code == 2 and "1 samples to train on and 0 to evaluate on, fewer than one batch: give more of it" in said
+    write_lines("mute.jsonl", [{"code": chr(97 + i)} for i in range(9)])
+    code, said = cli("pretrain", "mute.jsonl", *TINY, "--seed", 1)
+    assert code == 2 and "nothing to predict in the 1 records held out: give a larger corpus" in said
     assert cli("pretrain", "few.jsonl", *TINY, "--batch", 7, "--steps", 1)[0] == 0
 
 
@@ -114,6 +122,12 @@ def test_output_that_cannot_be_written(small, monkeypatch):
     (["--steps", 0], "Invalid value for '--steps'"),
     (["--steps", 1, "--epochs", 1], "give --steps or --epochs, not both"),
     (["--lr", "0"], "Invalid value for '--lr'"),
+    (["--lr", "nan"], "--lr nan is not a number to learn with"),
+    (["--seed", 2**64], "Invalid value for '--seed'"),
+    (["--vocab", 10**20], "Invalid value for '--vocab'"),
+    (["--vocab", 300, "--tokenizer", "t.json"], "give --tokenizer or --vocab, not both"),
+    (["-o", ""], "an empty name is a folder"),
+    (["--device", "meta"], "--device meta: there is no such device here"),
     (["--size", "huge"], "Invalid value for '--size'"),
     (["--device", "cuda:77"], "--device cuda:77: there is no such device here"),
     (["--device", "abacus"], "--device abacus: there is no such device here"),
@@ -139,6 +153,80 @@ def test_corpus_command(small):
     assert code == 2 and "d is a folder" in said
 
 
+def test_files_that_are_something_else_are_left_alone(small):
+    """The corpus where the log or the checkpoint would be written, and a pipe."""
+    os.rename(small, "c.jsonl")
+    before = open("c.jsonl", "rb").read()
+    for restart in ([], ["--restart"]):
+        for name, message in (("c", "c.jsonl is where the metrics would go, and it is something else"),
+                              ("c.jsonl", "c.jsonl exists and is no checkpoint: give another -o")):
+            code, said = cli("pretrain", "c.jsonl", *TINY, "-o", name, *restart)
+            assert code == 2 and message in said and os.listdir() == ["c.jsonl"]
+            assert open("c.jsonl", "rb").read() == before
+    os.mkfifo("pipe")
+    assert refused("c.jsonl", "-o", "pipe") == "pipe is no plain file: give -o another name"
+
+
+def test_the_log_of_a_run_is_no_part_of_its_corpus(small):
+    command = ["pretrain", ".", *TINY, "--steps", 2]
+    assert cli(*command)[0] == 0 and os.path.getsize("model.pt.jsonl")
+    code, said = cli(*command, "-o", "again.pt")
+    assert code == 0 and "corpus     small.jsonl: 65 records" in said
+
+
+def test_restart_discards_nothing_before_it_begins(small):
+    assert cli("pretrain", small, *TINY, "--steps", 2)[0] == 0
+    os.rename("model.pt", "model.pt.state")
+    before = open("model.pt.jsonl", "rb").read()
+    assert cli("pretrain", "typo.jsonl", *TINY, "--steps", 2, "--restart")[0] == 2
+    assert os.path.exists("model.pt.state") and open("model.pt.jsonl", "rb").read() == before
+    code, said = cli("pretrain", small, *TINY, "--steps", 2)
+    assert code == 2 and "model.pt.state is no state of a run" in said
+
+
+def test_divergence_is_an_error(small):
+    code, said = cli("pretrain", small, *TINY, "--steps", 40, "--lr", 1e30)
+    assert code == 1 and "Error: the loss is no longer a number at step" in said and "try a lower --lr" in said
+    assert not os.path.exists("model.pt") and "NaN" not in open("model.pt.jsonl").read()
+
+
+@pytest.mark.parametrize("state", [True, False])
+def test_a_disk_that_fills_up_while_training(small, monkeypatch, state):
+    """While the state is written, and while the log is."""
+    if state:
+        monkeypatch.setattr(tasks, "SAVE_SECONDS", 0)
+        def full(*_):
+            raise OSError(28, "No space left on device")
+        monkeypatch.setattr(tasks.torch, "save", full)
+    else:
+        class Full(io.FileIO):
+            def write(self, line):
+                return super().write(line[:3])
+        monkeypatch.setattr(tasks, "open", lambda path, mode, **_: Full(path, mode), raising=False)
+    code, said = cli("pretrain", small, *TINY, "--steps", 40)
+    name = "model.pt.state" if state else "model.pt.jsonl"
+    assert code == 1 and f"Error: could not write {name}: No space left on device" in said
+    assert not [name for name in os.listdir() if name.endswith(".tmp")]
+
+
+def test_no_room_to_unpack(small):
+    with gzip.open("c.jsonl.gz", "wb") as file:
+        file.write(open(small, "rb").read())
+    run = program("pretrain", "c.jsonl.gz", *TINY,
+                  preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10**4, 10**4)))
+    _, said = run.communicate(timeout=60)
+    assert run.returncode == 1 and "no room to unpack c.jsonl.gz in" in said and "File too large" in said
+
+
+def test_a_process_that_tokenises_dies(small, monkeypatch):
+    monkeypatch.setattr(data.Samples, "__call__", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(data, "sample_lengths", lambda *_: data.np.array([32]))
+    stream = data.Batches.stream
+    monkeypatch.setattr(data.Batches, "stream", lambda self, start=0, stop=None, workers=1: stream(self, start, stop, 1))
+    code, said = cli("pretrain", small, *TINY)
+    assert code == 1 and "a process that tokenises died" in said
+
+
 def test_a_full_disk_leaves_the_old_file_whole(small):
     """The file size limit stands in for the disk: writing the checkpoint fails in the middle."""
     command = ["pretrain", small, *TINY, "--steps", 3]
@@ -156,22 +244,21 @@ def test_standard_input_cannot_be_resumed(small):
     lines = open(small, "rb").read()
     command = ["pretrain", "-", *TINY, "--steps", 5000]
     run = program(*command, stdin=open(small))
-    while not os.path.exists("model.pt.state"):
-        assert run.poll() is None
+    wait_for(lambda: os.path.exists("model.pt.state"), run)
     run.send_signal(signal.SIGTERM)
-    assert run.communicate(timeout=60) and run.returncode == 143
+    _, said = run.communicate(timeout=60)
+    assert run.returncode == 143 and "it serves as a checkpoint; what was read from a pipe cannot be" in said
     code, said = cli(*command, input=lines)
-    assert code == 2 and "read standard input or a pipe cannot be resumed; --restart discards it" in said
+    assert code == 2 and "a run that read standard input or a pipe, which cannot be read again: --restart" in said
 
 
 def test_interrupted_before_training(small):
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
         run = program("pretrain", "-", *TINY, stdin=subprocess.PIPE)
-        while not os.path.exists("model.pt.jsonl"):
-            assert run.poll() is None
+        wait_for(lambda: os.path.exists("model.pt.jsonl"), run)
         run.send_signal(number)
         _, said = run.communicate(timeout=60)
-        assert run.returncode == code and said.strip().endswith("interrupted before there was anything to save")
+        assert run.returncode == code and said.strip().endswith("interrupted before training began: nothing is lost")
 
 
 def test_memory_that_is_not_there(small, monkeypatch):

@@ -1,8 +1,11 @@
 """Masked language modelling, the training loop, checkpoints and resume."""
+import gzip
 import json
 import math
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -13,7 +16,7 @@ import codessm
 import data
 import tasks
 from codessm import Encoder
-from conftest import TINY, cli, program, write_lines
+from conftest import ROOT, TINY, cli, program, wait_for, write_lines
 from data import Batch, Batches, Problem, Samples
 from tasks import MLM
 
@@ -196,7 +199,8 @@ def test_a_run_writes_what_it_says(small):
     assert [line["step"] for line in evaluated] == [*range(0, 17, 2)]
     assert abs(trained[-1]["epoch"] - 2) < 1e-9 and trained[-1]["loss"] < trained[0]["loss"]
     best = min(evaluated, key=lambda line: line["valid_loss"])
-    assert {f"valid_{k}": result[k] for k in ("loss", "accuracy", "perplexity")} == {k: best[k] for k in best if k != "step"}
+    metrics = {f"valid_{name}": result[name] for name in ("loss", "accuracy", "perplexity")}
+    assert metrics | {"step": best["step"]} == best
     model = codessm.load("m.pt")
     assert result["parameters"] == sum(p.numel() for p in model.parameters())
 
@@ -204,24 +208,22 @@ def test_a_run_writes_what_it_says(small):
 def test_without_steps_it_is_one_epoch(small):
     code, printed = cli("pretrain", small, *TINY)
     assert code == 0 and "8 steps of 8 samples (1.0 epochs)" in printed
-    assert "model.pt: 8 steps in" in printed and "on 1 held-out records loss" in printed
+    assert "model.pt: 8 steps in" in printed and "on 6 held-out records loss" in printed
 
 
 def test_workers_and_files_do_not_change_the_result(small, functions):
-    """Two worker processes; the corpus through a folder, a gzip file and standard input."""
+    """Two worker processes; the corpus through a gzip file in a folder, and through standard input."""
     assert cli("pretrain", small, *TINY, "--steps", 6, "-o", "a.pt")[0] == 0
     assert cli("pretrain", small, *TINY, "--steps", 6, "-o", "b.pt", "--workers", 2)[0] == 0
     assert cli("pretrain", "-", *TINY, "--steps", 6, "-o", "c.pt", input=open(small, "rb").read())[0] == 0
-    assert same(weights("a.pt"), weights("b.pt")) and same(weights("a.pt"), weights("c.pt"))
-    assert cli("pretrain", small, *TINY, "--steps", 6, "-o", "d.pt", "--seed", 1)[0] == 0
-    assert not same(weights("a.pt"), weights("d.pt"))
-
-
-def wait_for(condition, process):
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.01)
+    os.mkdir("folder")
+    with gzip.open("folder/c.jsonl.gz", "wb") as file:
+        file.write(open(small, "rb").read())
+    assert cli("pretrain", "folder", *TINY, "--steps", 6, "-o", "d.pt")[0] == 0
+    for other in "bcd":
+        assert same(weights("a.pt"), weights(f"{other}.pt"))
+    assert cli("pretrain", small, *TINY, "--steps", 6, "-o", "e.pt", "--seed", 1)[0] == 0
+    assert not same(weights("a.pt"), weights("e.pt"))
 
 
 def logged_steps(path):
@@ -235,31 +237,50 @@ def log_time(path):
     return os.stat(path).st_mtime_ns if os.path.exists(path) else 0
 
 
-def test_a_killed_run_ends_as_an_undisturbed_one(small):
-    """SIGKILL at random steps, twice, then SIGTERM and SIGINT; each time the same command again."""
-    command = ["pretrain", small, *TINY, "--steps", 150, "--workers", 1]
-    whole = program(*command, "-o", "whole.pt")
-    rng = np.random.default_rng(int(time.time()))
-    stops = sorted(rng.integers(10, 120, 4))
-    for stop, number in zip(stops, (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)):
+@pytest.mark.parametrize("save_seconds, then", [(300, signal.SIGTERM), (0, signal.SIGINT)])
+def test_a_killed_run_ends_as_an_undisturbed_one(small, save_seconds, then):
+    """SIGKILL at a random step, then another signal at a later one; each time the same command again at once.
+
+    With two worker processes, which must not outlive the run with its lock. States are saved at the ends of
+    epochs, or (0 seconds) in the midst of them as well.
+    """
+    command = ["pretrain", small, *TINY, "--steps", 100, "--workers", 2]
+    script = f"import tasks; tasks.SAVE_SECONDS = {save_seconds}; import codessm; codessm.cli()"
+
+    def start(output):
+        return subprocess.Popen([sys.executable, "-c", script, *map(str, command), "-o", output], text=True,
+                                stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)})
+
+    whole = start("whole.pt")
+    stops = sorted(np.random.default_rng(int(time.time())).integers(10, 80, 2))
+    for stop, number in zip(stops, (signal.SIGKILL, then)):
         before = log_time("m.pt.jsonl")
-        run = program(*command, "-o", "m.pt")
+        run = start("m.pt")
         wait_for(lambda: log_time("m.pt.jsonl") > before and logged_steps("m.pt.jsonl") >= stop
                  and os.path.exists("m.pt.state"), run)
         run.send_signal(number)
-        _, said = run.communicate(timeout=60)
         if number == signal.SIGKILL:
-            assert run.returncode == -9
+            assert run.wait(timeout=60) == -9
         else:
+            _, said = run.communicate(timeout=60)
             assert run.returncode == 128 + number, (stops, said)
             assert "interrupted at step" in said and "the same command goes on from it" in said
-        assert "Traceback" not in said and not os.path.exists("m.pt")
+            assert "Traceback" not in said
+        assert not os.path.exists("m.pt")
     assert whole.communicate(timeout=100) and whole.returncode == 0
     code, said = cli(*command, "-o", "m.pt")
     assert code == 0 and "going on from step" in said
     assert same(weights("m.pt"), weights("whole.pt")), stops
     assert open("m.pt.jsonl").read() == open("whole.pt.jsonl").read(), stops
     assert not os.path.exists("m.pt.state")
+
+
+def test_streaming_leaves_the_random_state_alone(tokenizer, corpus):
+    """Or a resumed run, which streams anew, would not have the state that it saved."""
+    before = torch.get_rng_state()
+    batches = Batches(Samples(corpus, tokenizer, 32), corpus.train, 8, [32], tokenizer.pad)
+    list(batches.stream(0, 1))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def folder():
@@ -292,11 +313,11 @@ def test_another_runs_state_is_refused(unfinished, small, functions):
     before = folder()
     code, said = cli(*unfinished, "--lr", "0.5", "--batch", "4")
     assert code == 2 and folder() == before
-    assert "is of a run with batch 8, lr 0.002, and this one has batch 4, lr 0.5" in said
+    assert "is of a run with batch 8, lr 0.002, and this one has batch 4, lr 0.5: repeat" in said
     assert codessm.load("model.pt.state").encoder.config["d"] == 128  # a state file is a checkpoint too
     write_lines(small, functions[:64])  # the corpus changed
     code, said = cli(*unfinished)
-    assert code == 2 and "is of a run with corpus" in said
+    assert code == 2 and f"is of a run with corpus {small} " in said
     command = ["2" if word == 5000 else word for word in unfinished]
     assert cli(*command)[0] == 2
     assert cli(*command, "--restart")[0] == 0 and not os.path.exists("model.pt.state")
