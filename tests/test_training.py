@@ -252,6 +252,7 @@ def test_a_killed_run_ends_as_an_undisturbed_one(small, save_seconds, then):
                                 stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)})
 
     whole = start("whole.pt")
+    assert whole.communicate(timeout=100) and whole.returncode == 0
     stops = sorted(np.random.default_rng(int(time.time())).integers(10, 80, 2))
     for stop, number in zip(stops, (signal.SIGKILL, then)):
         before = log_time("m.pt.jsonl")
@@ -267,7 +268,6 @@ def test_a_killed_run_ends_as_an_undisturbed_one(small, save_seconds, then):
             assert "interrupted at step" in said and "the same command goes on from it" in said
             assert "Traceback" not in said
         assert not os.path.exists("m.pt")
-    assert whole.communicate(timeout=100) and whole.returncode == 0
     code, said = cli(*command, "-o", "m.pt")
     assert code == 0 and "going on from step" in said
     assert same(weights("m.pt"), weights("whole.pt")), stops
