@@ -326,7 +326,7 @@ def train(task: nn.Module, batches: Batches, held_out: list[Batch], output: Outp
         task.load_state_dict(state["weights"])
         optimizer.load_state_dict(state["optimizer"])
         step, evaluated, tokens = state["step"], state["evaluated"], state["tokens"]
-        window = list(state["window"])
+        window = [sums.to(device) for sums in state["window"]]
         best = state["best"] and (state["metrics"], state["best"])
         torch.set_rng_state(state["random"])
         if device.type == "cuda" and "random_cuda" in state:
