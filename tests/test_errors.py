@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -256,9 +257,11 @@ def test_interrupted_before_training(small):
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
         run = program("pretrain", "-", *TINY, stdin=subprocess.PIPE)
         wait_for(lambda: os.path.exists("model.pt.jsonl"), run)
+        time.sleep(0.5)  # until it waits for its input
         run.send_signal(number)
         _, said = run.communicate(timeout=60)
-        assert run.returncode == code and said.strip().endswith("interrupted before training began: nothing is lost")
+        assert run.returncode == code, said
+        assert said.strip().endswith("interrupted before training began: nothing is lost")
 
 
 def test_memory_that_is_not_there(small, monkeypatch):
