@@ -30,6 +30,9 @@ for name in ("data", "tasks"):
         raise ImportError(f"{spec.origin} shadows codessm's own {name}.py in {Path(__file__).parent}: "
                           "rename it, or run from another folder")
 
+# threads that wait should sleep: spinning, two of them beside one other busy process run five times slower
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import click
 import numpy as np
 import torch
