@@ -340,7 +340,7 @@ def pretrain(corpus, ctx, size, tokenizer_path, vocab, steps, epochs, batch, acc
     lr = lr or (2e-3 if size == "tiny" else 3e-4)
     started, device = time.monotonic(), choose_device(device)
     with tasks.Output(output_path, restart) as output:
-        given = data.load_tokenizer(tokenizer_path) if tokenizer_path else None
+        given = data.load_tokenizer(tokenizer_path) if tokenizer_path is not None else None
         sources = data.find_sources(corpus) if corpus else [data.standard_library()]
         settings = dict(
             corpus={source.name: source.mark for source in sources}, limit=limit, code_field=code_field,
@@ -419,6 +419,8 @@ def corpus(paths, output_path):
         data.build_corpus(paths, sys.stdout.buffer)
         return
     data.check_writable(output_path)
+    if os.path.exists(output_path) and not data.starts_with(output_path, b'{"code": '):
+        raise Problem(f"{output_path} exists and is no corpus that this command wrote: give another -o")
     with data.atomic(output_path) as file:
         data.build_corpus(paths, file)
 

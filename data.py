@@ -181,10 +181,15 @@ def spool(name: str, stream: io.IOBase) -> str:
 LOG_START = b'{"step": '  # of the metrics log that a run writes beside its checkpoint
 
 
+def starts_with(path: str, start: bytes) -> bool:
+    """Whether a file is empty or starts so."""
+    with open(path, "rb") as file:
+        return file.read(len(start)) in (b"", start)
+
+
 def is_log(path: str) -> bool:
     """Whether a file is empty or a metrics log: one that lies beside a corpus is no part of it."""
-    with open(path, "rb") as file:
-        return file.read(len(LOG_START)) in (b"", LOG_START)
+    return starts_with(path, LOG_START)
 
 
 def find_sources(paths: Iterable[str]) -> list[Source]:
@@ -312,7 +317,7 @@ class Corpus:
         self.code_fields = (code_field,) if code_field else CODE_FIELDS
         self.text_fields = (text_field,) if text_field else TEXT_FIELDS
         self.plain_text = not code_field and not text_field  # a record with `text` alone is code
-        self.bad = self.bytes = texts = 0
+        self.bad = self.bytes = self.texts = 0
         offsets, held, first = array.array("Q"), bytearray(), []
         lowest: list[tuple[int, int]] = []  # (-hash, record) of the 32 lowest hashes
         files = [os.path.getsize(source.path) for source in sources]
@@ -324,7 +329,7 @@ class Corpus:
                         break
                     bar.update(len(line))
                     try:
-                        text, _ = self.parse(line)
+                        self.parse(line)
                     except BadLine as error:
                         if not skip_bad:
                             raise Problem(f"{source.name}:{number}: {error}") from None
@@ -336,12 +341,11 @@ class Corpus:
                     offsets.append(offset)
                     held.append(checksum % 100 == 0)
                     self.bytes += len(line)
-                    texts += bool(text)
         names = listed(source.name for source in sources)
         if not offsets:
             raise Problem(f"{names}: no records" + (f"; the last of {self.bad} bad lines is {worst}"
                                                     if self.bad else ": the corpus is empty"))
-        if text_field and not texts:
+        if text_field and not self.texts:
             raise Problem(f'{names}: no record has the field "{text_field}" given with --text-field')
         self.offsets, self.first = np.frombuffer(offsets, np.uint64), np.array(first)
         flags = np.frombuffer(held, bool)
@@ -371,6 +375,7 @@ class Corpus:
             code = STARCODER.sub("", code)
         if not code.strip():
             raise BadLine("the code is empty")
+        self.texts += text is not None
         return once(text or "", code)
 
     def line(self, record: int) -> bytes:
@@ -433,6 +438,8 @@ class Tokenizer:
                 raise Problem(f"{name} has no {role} token: its vocabulary needs {' or '.join(spellings)}")
             setattr(self, role, found[0])
         self.vocab = max(vocabulary.values()) + 1
+        if self.vocab > 2 * len(vocabulary) + 1000:
+            raise Problem(f"{name} has ids up to {self.vocab - 1:,} for {len(vocabulary):,} entries: number them anew")
         marked = {i for i, token in self.model.get_added_tokens_decoder().items() if token.special}
         marked |= {getattr(self, role) for role in SPECIALS}
         self.special = np.array(sorted(marked), np.int32)
@@ -442,14 +449,17 @@ class Tokenizer:
         return Tokenizer, (self.text,)
 
     def encode(self, string: str) -> list[int]:
-        """The ids of a string, without special tokens."""
-        return self.model.encode_batch_fast([string], add_special_tokens=False)[0].ids
+        """The ids of a string, without special tokens; raises `Problem` where the tokenizer has none for it."""
+        try:
+            return self.model.encode_batch_fast([string], add_special_tokens=False)[0].ids
+        except Exception as error:  # the library raises nothing narrower
+            raise Problem(f"the tokenizer cannot encode this corpus: {error}") from None
 
 
 def load_tokenizer(path: str) -> Tokenizer:
     """The tokenizer of a `tokenizer.json`; raises `Problem`."""
     try:
-        return Tokenizer(Path(path).read_text(encoding="utf-8"), path)
+        return Tokenizer(Path(path).read_text(encoding="utf-8-sig"), path)
     except (OSError, UnicodeDecodeError) as error:
         raise Problem(f"{path}: {getattr(error, 'strerror', None) or 'not a tokenizer.json'}") from None
 
@@ -707,8 +717,8 @@ def source_files(paths: Iterable[str]) -> Iterator[tuple[str, str]]:
             folders[:] = sorted(f for f in folders if f not in NOT_SOURCES and not f.startswith(".")
                                 and not os.path.exists(os.path.join(folder, f, "pyvenv.cfg")))
             for file in sorted(files):
-                if os.path.splitext(file)[1].lower() in LANGUAGES:
-                    path = os.path.join(folder, file)
+                path = os.path.join(folder, file)
+                if os.path.splitext(file)[1].lower() in LANGUAGES and os.path.isfile(path):
                     yield path, os.path.relpath(path, root)
 
 
@@ -789,7 +799,7 @@ def python_functions(source: str, tree: ast.Module) -> Iterator[dict]:
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 yield node
             else:
-                for field in ("body", "orelse", "finalbody", "handlers"):
+                for field in ("body", "orelse", "finalbody", "handlers", "cases"):
                     yield from functions(getattr(node, field, []))
 
     def until(line: int, column: int) -> int:
@@ -816,7 +826,7 @@ def python_functions(source: str, tree: ast.Module) -> Iterator[dict]:
                     code = source[begin:a] + rest.removeprefix(";").lstrip(" \t")
             if docstring.strip():
                 record["docstring"] = docstring.strip()
-        indent = rows[first - 1][:len(rows[first - 1]) - len(rows[first - 1].lstrip(" \t"))]
+        indent = rows[first - 1][:len(rows[first - 1]) - len(rows[first - 1].lstrip(" \t\f"))]
         if indent:
             code = re.sub(f"^{indent}", "", code, flags=re.MULTILINE)
         yield {"code": code} | record

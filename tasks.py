@@ -321,16 +321,20 @@ def train(task: nn.Module, batches: Batches, held_out: list[Batch], output: Outp
     optimizer = adamw(task, lr)
     log_every = max(1, min(LOG_STEPS, steps // 10))
     step, evaluated, tokens, window, best = 0, -1, 0, [], None  # best: (metrics, weights)
+    if state:
+        try:
+            task.load_state_dict(state["weights"])
+            optimizer.load_state_dict(state["optimizer"])
+            step, evaluated, tokens = (int(state[name]) for name in ("step", "evaluated", "tokens"))
+            window = [sums.to(device) for sums in state["window"]]
+            best = state["best"] and (state["metrics"], state["best"])
+            torch.set_rng_state(state["random"])
+            if device.type == "cuda" and "random_cuda" in state:
+                torch.cuda.set_rng_state(state["random_cuda"], device)
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
+            raise Problem(f"{output.state_path} does not fit this run: --restart discards it") from None
     output.begin(state)
     if state:
-        task.load_state_dict(state["weights"])
-        optimizer.load_state_dict(state["optimizer"])
-        step, evaluated, tokens = state["step"], state["evaluated"], state["tokens"]
-        window = [sums.to(device) for sums in state["window"]]
-        best = state["best"] and (state["metrics"], state["best"])
-        torch.set_rng_state(state["random"])
-        if device.type == "cuda" and "random_cuda" in state:
-            torch.cuda.set_rng_state(state["random_cuda"], device)
         state.clear()  # the caller's too: it is several times the size of the model
         say(f"going on from step {step:,} of {steps:,}, saved in {output.state_path}")
 

@@ -34,6 +34,7 @@ def read(paths, **options):
 def parse():
     corpus = Corpus.__new__(Corpus)
     corpus.code_fields, corpus.text_fields, corpus.plain_text = data.CODE_FIELDS, data.TEXT_FIELDS, True
+    corpus.texts = 0
     return lambda record: corpus.parse(record if isinstance(record, bytes) else json.dumps(record).encode())
 
 
@@ -149,6 +150,8 @@ def test_limit_and_fields(tmp_path):
     one = write_lines(tmp_path / "1.jsonl", [{"mine": str(i), "my_text": "t"} for i in range(5)])
     two = write_lines(tmp_path / "2.jsonl", [{"mine": str(i)} for i in range(5, 10)])
     records = read([one, two], code_field="mine", text_field="my_text", limit=2)
+    repeated = write_lines(tmp_path / "3.jsonl", [{"mine": "1 # t", "my_text": "t"}])
+    assert read([repeated], code_field="mine", text_field="my_text") == [("", "1 # t")]
     assert records == [("t", "0"), ("t", "1"), ("", "5"), ("", "6")]
 
 
@@ -439,7 +442,11 @@ if os:
     def c(): "only a docstring"
 def d(): "x"; return 3
 def e(): return 4
+match os:
+    case 1:
+        def g(): return 5
 ''')
+    os.mkfifo(tmp_path / "pipe.py")  # no source file, and reading it would wait for ever
     records = {record["name"]: record for record in records_of(tmp_path)}
     assert {name: (r.get("docstring"), r["code"]) for name, r in records.items()} == {
         "a": ("One-line.", "@property\ndef a(self):\n      # why\n    return 1".replace("      #", "    #")),
@@ -447,6 +454,7 @@ def e(): return 4
         "c": ("only a docstring", "def c(): pass"),
         "d": ("x", "def d(): return 3"),
         "e": (None, "def e(): return 4"),
+        "g": (None, "def g(): return 5"),
     }
     assert records["a"]["line"] == 4 and records["a"]["path"] == "m.py" and records["a"]["language"] == "python"
 
@@ -501,6 +509,9 @@ def test_corpus_command(tmp_path):
     assert read([target]) == [("", "def f(): return 1")]
     code, printed = cli("corpus", tmp_path / "m.py")
     assert code == 0 and target.read_text() in printed
+    assert cli("corpus", tmp_path / "m.py", "-o", target)[0] == 0
+    code, said = cli("corpus", tmp_path / "m.py", "-o", tmp_path / "m.py")
+    assert code == 2 and "exists and is no corpus" in said and "def f" in (tmp_path / "m.py").read_text()
 
 
 # ---- the atomic write -------------------------------------------------------------------------------

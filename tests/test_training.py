@@ -330,6 +330,16 @@ def test_a_damaged_state_is_refused(unfinished):
     assert code == 2 and "model.pt.state is not a codessm checkpoint, or not a whole one" in said
 
 
+def test_a_state_with_wrong_fields_is_refused(unfinished):
+    state = tasks.read("model.pt.state")
+    for name in ("weights", "optimizer", "step", "window", "random"):
+        torch.save(state | {name: None}, "model.pt.state")
+        before = folder()
+        code, said = cli(*unfinished)
+        assert code == 2 and "model.pt.state does not fit this run: --restart discards it" in said, name
+        assert folder() == before
+
+
 def test_one_run_an_output(small):
     run = program("pretrain", small, *TINY, "--steps", 5000)
     wait_for(lambda: os.path.exists("model.pt.jsonl") and os.path.getsize("model.pt.jsonl"), run)
