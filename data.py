@@ -809,6 +809,8 @@ def python_functions(source: str, tree: ast.Module) -> Iterator[dict]:
     starts = np.cumsum([0, *map(len, rows)]).tolist()
     for node in functions(tree.body):
         first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+        while node.decorator_list and not rows[first - 1].lstrip(" \t\f").startswith("@"):
+            first -= 1  # a decorator in parentheses begins after its @
         begin, end = starts[first - 1], until(node.end_lineno, node.end_col_offset)
         record = {"name": node.name, "line": first}
         code, docstring = source[begin:end], ast.get_docstring(node)

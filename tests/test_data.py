@@ -442,6 +442,10 @@ if os:
     def c(): "only a docstring"
 def d(): "x"; return 3
 def e(): return 4
+@(
+    property
+)
+def h(): return 6
 match os:
     case 1:
         def g(): return 5
@@ -455,6 +459,7 @@ match os:
         "d": ("x", "def d(): return 3"),
         "e": (None, "def e(): return 4"),
         "g": (None, "def g(): return 5"),
+        "h": (None, "@(\n    property\n)\ndef h(): return 6"),
     }
     assert records["a"]["line"] == 4 and records["a"]["path"] == "m.py" and records["a"]["language"] == "python"
 

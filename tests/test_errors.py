@@ -223,7 +223,8 @@ def test_a_process_that_tokenises_dies(small, monkeypatch):
     monkeypatch.setattr(data.Samples, "__call__", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     monkeypatch.setattr(data, "sample_lengths", lambda *_: data.np.array([32]))
     stream = data.Batches.stream
-    monkeypatch.setattr(data.Batches, "stream", lambda self, start=0, stop=None, workers=1: stream(self, start, stop, 1))
+    monkeypatch.setattr(data.Batches, "stream",
+                        lambda self, start=0, stop=None, workers=1: stream(self, start, stop, 1))
     code, said = cli("pretrain", small, *TINY)
     assert code == 1 and "a process that tokenises died" in said
 
