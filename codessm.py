@@ -17,11 +17,15 @@ import importlib.util
 import json
 import math
 import os
+import resource
 import signal
 import sys
 import time
 import zlib
+from contextlib import closing
+from functools import partial
 from pathlib import Path
+from typing import Callable
 
 # flat modules can be shadowed by files of the same name in the user's folder
 for name in ("data", "tasks"):
@@ -213,16 +217,17 @@ class Encoder(nn.Module):
         return X
 
 
-def load(path: str | os.PathLike, device: str = "cpu") -> MLM:
+def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> nn.Module:
     """The model of a checkpoint (or of the state file of an unfinished run), in evaluation mode.
 
-    It has `encoder`, which maps ids (B, L) and lengths (B,) to hidden states (B, L, d), `tokenizer`, and
-    `logits(hidden)`. The file runs no code. Raises `data.Problem`.
+    It is one of the objectives of tasks.py: `tasks.MLM` with `logits(hidden)`, or what it was fine-tuned for, with
+    `labels`. All have `encoder`, which maps ids (B, L) and lengths (B,) to hidden states (B, L, d), and
+    `tokenizer`. The file runs no code. Raises `data.Problem`.
     """
     content = tasks.read(path)
     try:
         with torch.device("meta"):  # shapes alone: the weights come from the file
-            model = MLM(Encoder(**content["config"]), Tokenizer(content["tokenizer"], str(path)))
+            model = tasks.build(content, Encoder(**content["config"]), Tokenizer(content["tokenizer"], str(path)))
         model.load_state_dict(content["weights"], assign=True)
     except (KeyError, TypeError, RuntimeError):
         raise Problem(f"{path}: its weights do not fit its configuration, so it is no whole checkpoint") from None
@@ -251,7 +256,8 @@ class Commands(click.Group):
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
             code = 143 if isinstance(error, Terminated) else 130
-            raise Problem("interrupted before training began: nothing is lost", code) from None
+            trains = ctx.invoked_subcommand in ("pretrain", "finetune")
+            raise Problem(f"interrupted{' before training began' * trains}: nothing is lost", code) from None
         except BrokenPipeError:
             raise
         except MemoryError:
@@ -290,43 +296,50 @@ def choose_device(name: str) -> torch.device:
     raise Problem(f"--device {name}: there is no such device here; cpu always works")
 
 
-@cli.command(epilog="Example: codessm pretrain corpus.jsonl --ctx 256 --steps 10000 -o model.pt")
-@click.argument("corpus", nargs=-1)
-@click.option("--ctx", default=256, show_default=True, type=click.IntRange(8),
-              help="Tokens a sample, special ones included.")
-@click.option("--size", default="base", show_default=True, type=click.Choice(list(SIZES)),
-              help="12 layers of width 1024, 6 of 512, 4 of 128.")
-@click.option("--tokenizer", "tokenizer_path", metavar="FILE",
-              help="A Hugging Face tokenizer.json.  [default: train one on the corpus]")
-@click.option("--vocab", type=click.IntRange(1, 10_000_000), 
-              help="Entries of a trained tokenizer.  [default: 32100; tiny: 4096]")
-@click.option("--steps", type=click.IntRange(1), help="Optimizer steps; or give --epochs.")
-@click.option("--epochs", type=click.IntRange(1), help="Passes over the corpus.  [default: 1]")
-@click.option("--batch", default=32, show_default=True, type=click.IntRange(1), help="Samples a step.")
-@click.option("--accumulate", default=1, show_default=True, type=click.IntRange(1),
-              help="Cut each batch into so many pieces, to save memory.")
-@click.option("--lr", type=click.FloatRange(0, min_open=True), help="Peak learning rate.  [default: 3e-4; tiny: 2e-3]")
-@click.option("--eval-every", type=click.IntRange(1), help="Steps between evaluations.  [default: a tenth of all]")
-@click.option("--limit", type=click.IntRange(1), help="Only the first so many records of each file.")
-@click.option("--code-field", metavar="NAME", help="The field that holds the code, if its name is not a known one.")
-@click.option("--text-field", metavar="NAME", help="The same for the text.")
-@click.option("--skip-bad", is_flag=True, help="Count bad lines and pass over them.")
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1),
-              help="Of weights, order, windows and masks.")
-@click.option("-o", "output_path", default="model.pt", show_default=True, metavar="FILE",
-              help="The checkpoint to write.")
-@click.option("--restart", is_flag=True, help="Begin anew, whatever an earlier run left at -o.")
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps; auto is cuda, else cpu.")
-@click.option("--workers", type=click.IntRange(0),
-              help="Processes that tokenise ahead.  [default: half the cores, at most 4]")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def pretrain(corpus, ctx, size, tokenizer_path, vocab, steps, epochs, batch, accumulate, lr, eval_every, limit,
-             code_field, text_field, skip_bad, seed, output_path, restart, device, workers, as_json):
-    """Pretrain an encoder by masked language modelling on CORPUS.
+OPTIONS = {
+    "--ckpt": dict(metavar="FILE", required=True, help="The checkpoint."),
+    "--data": dict(metavar="PATH"),
+    "--ctx": dict(type=click.IntRange(8)),
+    "--size": dict(type=click.Choice(list(SIZES)), help="12 layers of width 1024, 6 of 512, 4 of 128.  [default: base]"),
+    "--tokenizer": dict(metavar="FILE", help="A Hugging Face tokenizer.json.  [default: train one on the data]"),
+    "--vocab": dict(type=click.IntRange(1, 10_000_000),
+                    help="Entries of a trained tokenizer.  [default: 32100; tiny: 4096]"),
+    "--steps": dict(type=click.IntRange(1), help="Optimizer steps; or give --epochs."),
+    "--epochs": dict(type=click.IntRange(1)),
+    "--batch": dict(default=32, show_default=True, type=click.IntRange(1), help="Samples a step."),
+    "--accumulate": dict(default=1, show_default=True, type=click.IntRange(1),
+                         help="Cut each batch into so many pieces, to save memory."),
+    "--lr": dict(type=click.FloatRange(0, min_open=True)),
+    "--eval-every": dict(type=click.IntRange(1)),
+    "--limit": dict(type=click.IntRange(1), help="Only the first so many records of each file."),
+    "--code-field": dict(metavar="NAME", help="The field that holds the code, if its name is not a known one."),
+    "--text-field": dict(metavar="NAME", help="The same for the text."),
+    "--skip-bad": dict(is_flag=True, help="Count bad lines and pass over them."),
+    "--seed": dict(default=0, show_default=True, type=click.IntRange(0, 2**63 - 1),
+                   help="Of weights, order, windows and masks."),
+    "-o": dict(metavar="FILE"),
+    "--restart": dict(is_flag=True, help="Begin anew, whatever an earlier run left at -o."),
+    "--device": dict(default="auto", show_default=True, help="cpu, cuda, cuda:1, mps; auto is cuda, else cpu."),
+    "--workers": dict(type=click.IntRange(0),
+                      help="Processes that tokenise ahead.  [default: half the cores, at most 4]"),
+    "--json": dict(is_flag=True, help="Print the result as JSON."),
+}
+PARAMETERS = {"--data": "data_path", "--tokenizer": "tokenizer_path", "-o": "output_path", "--json": "as_json"}
 
-    CORPUS: JSONL files, plain or .gz, folders, globs, or - for standard input; without any, the Python
-    standard library. The same command run again goes on where an interrupted one was.
-    """
+
+def options(names: str, **changes: dict | str) -> Callable:
+    """The named options, with the same meaning in every command; `changes` are their attributes (or help) in this one."""
+    def decorate(command: Callable) -> Callable:
+        for name in reversed(names.split()):
+            change = changes.get(name.strip("-").replace("-", "_"), {})
+            change = {"help": change} if isinstance(change, str) else change
+            command = click.option(name, *filter(None, [PARAMETERS.get(name)]), **OPTIONS[name] | change)(command)
+        return command
+    return decorate
+
+
+def check_training(steps, epochs, vocab, tokenizer_path, lr) -> None:
+    """What the options of `pretrain` and `finetune` exclude."""
     if steps and epochs:
         raise click.UsageError("give --steps or --epochs, not both")
     if vocab and tokenizer_path:
@@ -335,10 +348,64 @@ def pretrain(corpus, ctx, size, tokenizer_path, vocab, steps, epochs, batch, acc
         raise click.UsageError(f"--lr {lr} is not a number to learn with")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise Problem("this version trains in one process: start it without torchrun, or with --nproc-per-node 1")
+
+
+def default_workers(workers: int | None) -> int:
+    return min(4, max(1, (os.cpu_count() or 1) // 2)) if workers is None else workers
+
+
+def describe(**facts: str) -> None:
+    """Every resolved setting, before the work begins."""
+    for name, value in facts.items():
+        say(f"{name:10} {value}")
+
+
+def describe_training(task: nn.Module, size: str, device: torch.device, output_path: str, steps: int, epochs: float,
+                      decay: str, *, batch: int, lr: float, seed: int, accumulate: int, eval_every: int) -> None:
+    """The settings that all training has."""
+    parameters = sum(p.numel() for p in task.parameters())
+    describe(model=f"codessm {size}, {parameters:,} parameters, on {device} in "
+                   f"{'bfloat16' if tasks.bf16(device) else 'float32'}",
+             training=f"{steps:,} steps of {batch} samples ({epochs:.1f} epochs), peak learning rate {lr:g} after "
+                      f"{tasks.warmup(steps):,} steps, {decay}, weight decay {tasks.WEIGHT_DECAY:g}, seed {seed}, "
+                      f"accumulate {accumulate}, an evaluation every {eval_every:,} steps",
+             output=f"{output_path}, metrics in {output_path}.jsonl")
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of the tensors on a GPU, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def shown(metrics: dict[str, float], first: str | None = None) -> str:
+    """Metrics for a sentence, the one that counts first."""
+    names = sorted(metrics, key=lambda name: name != first)
+    return ", ".join(f"{name} {metrics[name]:.4f}" for name in names)
+
+
+@cli.command(epilog="Example: codessm pretrain corpus.jsonl --ctx 256 --steps 10000 -o model.pt")
+@click.argument("corpus", nargs=-1)
+@options("--ctx --size --tokenizer --vocab --steps --epochs --batch --accumulate --lr --eval-every --limit "
+         "--code-field --text-field --skip-bad --seed -o --restart --device --workers --json",
+         ctx=dict(default=256, show_default=True, help="Tokens a sample, special ones included."),
+         size=dict(default="base"), epochs="Passes over the corpus.  [default: 1]",
+         lr="Peak learning rate.  [default: 3e-4; tiny: 2e-3]",
+         eval_every="Steps between evaluations.  [default: a tenth of all]",
+         o=dict(default="model.pt", show_default=True, help="The checkpoint to write."))
+def pretrain(corpus, ctx, size, tokenizer_path, vocab, steps, epochs, batch, accumulate, lr, eval_every, limit,
+             code_field, text_field, skip_bad, seed, output_path, restart, device, workers, as_json):
+    """Pretrain an encoder by masked language modelling on CORPUS.
+
+    CORPUS: JSONL files, plain or .gz, folders, globs, or - for standard input; without any, the Python
+    standard library. The same command run again goes on where an interrupted one was.
+    """
+    check_training(steps, epochs, vocab, tokenizer_path, lr)
     if steps is None and epochs is None:
         epochs = 1
     lr = lr or (2e-3 if size == "tiny" else 3e-4)
-    started, device = time.monotonic(), choose_device(device)
+    started, device, workers = time.monotonic(), choose_device(device), default_workers(workers)
     with tasks.Output(output_path, restart) as output:
         given = data.load_tokenizer(tokenizer_path) if tokenizer_path is not None else None
         sources = data.find_sources(corpus) if corpus else [data.standard_library()]
@@ -365,56 +432,285 @@ def pretrain(corpus, ctx, size, tokenizer_path, vocab, steps, epochs, batch, acc
         batches = data.Batches(samples, records.train, batch, lengths, tokenizer.pad, seed)
         some = np.linspace(0, len(records.held_out) - 1, min(HELD_OUT, len(records.held_out))).astype(int)
         held_out = data.Batches(samples, records.held_out[some], batch, lengths, tokenizer.pad)
-        held_out_batches = list(held_out.stream(stop=len(held_out)))
         steps = steps or epochs * len(batches)
         eval_every = eval_every or -(-steps // 10)
-        if workers is None:
-            workers = min(4, max(1, (os.cpu_count() or 1) // 2))
 
         torch.manual_seed(seed)
         task = MLM(Encoder(tokenizer.vocab, **SIZES[size]), tokenizer, seed).to(device)
-        if not any(task.prepare(batch)[1] for batch in held_out_batches):
+        if not any(task.prepare(batch)[1] for batch in held_out.stream(stop=len(held_out))):
             raise Problem(f"nothing to predict in the {len(held_out.records)} records held out: give a larger corpus")
-        parameters = sum(p.numel() for p in task.parameters())
-        for name, value in (
-                ("corpus", f"{data.listed(s.name for s in sources)}: {len(records):,} records, "
-                           f"{data.size(records.bytes)}, {len(records.held_out):,} of them held out, "
-                           f"{len(held_out.records):,} for evaluation"
-                           + (f"; {records.bad:,} bad lines passed over" if records.bad else "")),
-                ("tokenizer", f"{tokenizer.vocab:,} entries, {'given' if given else 'trained on the corpus'}"),
-                ("samples", f"ctx {ctx}, padded to {', '.join(map(str, lengths))}; {workers} processes tokenise ahead"),
-                ("model", f"codessm {size}, {parameters:,} parameters, on {device} in "
-                          f"{'bfloat16' if tasks.bf16(device) else 'float32'}"),
-                ("training", f"{steps:,} steps of {batch} samples ({steps / len(batches):.1f} epochs), "
-                             f"peak learning rate {lr:g} after {tasks.warmup(steps):,} steps, cosine, "
-                             f"weight decay {tasks.WEIGHT_DECAY:g}, seed {seed}, accumulate {accumulate}, "
-                             f"an evaluation every {eval_every:,} steps"),
-                ("output", f"{output_path}, metrics in {output_path}.jsonl")):
-            say(f"{name:10} {value}")
-
-        metrics = tasks.train(task, batches, held_out_batches, output, state,
+        describe(
+            corpus=f"{data.listed(s.name for s in sources)}: {len(records):,} records, {data.size(records.bytes)}, "
+                   f"{len(records.held_out):,} of them held out, {len(held_out.records):,} for evaluation"
+                   + (f"; {records.bad:,} bad lines passed over" if records.bad else ""),
+            tokenizer=f"{tokenizer.vocab:,} entries, {'given' if given else 'trained on the corpus'}",
+            samples=f"ctx {ctx}, padded to {', '.join(map(str, lengths))}; {workers} processes tokenise ahead")
+        describe_training(task, size, device, output_path, steps, steps / len(batches), "cosine", batch=batch, lr=lr,
+                          seed=seed, accumulate=accumulate, eval_every=eval_every)
+        metrics = tasks.train(task, batches, held_out, output, state,
                               settings=settings, steps=steps, lr=lr, accumulate=accumulate, eval_every=eval_every,
                               workers=workers)
-    result = dict(output=output_path, steps=steps, parameters=parameters, held_out=len(held_out.records),
-                  seconds=round(time.monotonic() - started, 1), **metrics)
+    result = dict(output=output_path, steps=steps, parameters=sum(p.numel() for p in task.parameters()),
+                  held_out=len(held_out.records), seconds=round(time.monotonic() - started, 1),
+                  peak_memory=peak_memory(device), **metrics)
     if as_json:
         click.echo(json.dumps(result))
     else:
         click.echo(f"{output_path}: {steps:,} steps in {result['seconds']:.0f} s; "
-                   f"on {len(held_out.records):,} held-out records loss {metrics['loss']:.3f}, "
-                   f"accuracy {metrics['accuracy']:.1%}, perplexity {metrics['perplexity']:.1f}")
+                   f"on {len(held_out.records):,} held-out records {mlm_sentence(metrics)}")
+
+
+def mlm_sentence(metrics: dict[str, float]) -> str:
+    return (f"loss {metrics['loss']:.3f}, accuracy {metrics['accuracy']:.1%}, "
+            f"perplexity {metrics['perplexity']:.1f}")
+
+
+def task_argument(*more: str) -> Callable:
+    return click.argument("name", metavar="TASK", type=click.Choice([*data.TASKS, *more]))
+
+
+def read_task(name: str, data_path: str | None, **choices) -> data.Reader:
+    """The files of a task, its own name being the folder that they are in unless another is given."""
+    return data.Reader(name, name if data_path is None else data_path, **choices)
+
+
+def describe_data(reader: data.Reader) -> str:
+    """What was read, for people."""
+    parts = [f"{len(split):,} {name}" for name, split in reader.splits.items()]
+    for name, split in reader.splits.items():
+        if split.candidates is not None and name != "train":
+            parts.append(f"{len(split.candidates):,} candidates for {name}")
+    return ", ".join(parts) + (f"; {reader.notes}" if reader.notes else "") + (
+        f"; {reader.bad:,} bad lines passed over" if reader.bad else "")
+
+
+def describe_encoding(split: data.Split) -> str:
+    """What it saves to encode each distinct item once."""
+    sides = split.examples.size
+    if split.candidates is not None:
+        sides = len(np.unique(split.query)) + len(split.candidates)
+    return f"{len(split.distinct):,} distinct of {sides:,} to encode, each once"
+
+
+@cli.command(epilog="Example: codessm finetune devign --ckpt model.pt --data devign/ -o devign.pt")
+@task_argument()
+@options("--ckpt --data --ctx --size --tokenizer --vocab --steps --epochs --batch --accumulate --lr --eval-every --limit "
+         "--skip-bad --seed -o --restart --device --workers --json",
+         ckpt=dict(required=False, help="The pretrained checkpoint to start from; without one, from scratch."),
+         data="The folder (or file) of the benchmark as published.  [default: ./TASK]",
+         ctx="Tokens a function, special ones included.  [default: the task's]",
+         epochs="Passes over the training split.  [default: the task's]",
+         lr="Peak learning rate.  [default: 5e-5 from a checkpoint, 3e-4 from scratch; tiny: 2e-3]",
+         eval_every="Steps between evaluations.  [default: an epoch]",
+         o="The checkpoint to write.  [default: TASK.pt]")
+def finetune(name, ckpt, data_path, ctx, size, tokenizer_path, vocab, steps, epochs, batch, accumulate, lr, eval_every,
+             limit, skip_bad, seed, output_path, restart, device, workers, as_json):
+    """Fine-tune an encoder on TASK and score it.
+
+    The weights with the best metric on the validation split are kept; the test split, if there is one, is scored
+    once, at the end. The same command run again goes on where an interrupted one was.
+    """
+    check_training(steps, epochs, vocab, tokenizer_path, lr)
+    if ckpt is not None and (size or tokenizer_path or vocab):
+        raise click.UsageError("--ckpt brings its own --size, --tokenizer and --vocab: give it without them")
+    benchmark, size = data.TASKS[name], size or "base"
+    ctx, output_path = ctx or benchmark.ctx, output_path or f"{name}.pt"
+    if steps is None and epochs is None:
+        epochs = benchmark.epochs
+    started, device, workers = time.monotonic(), choose_device(device), default_workers(workers)
+    with tasks.Output(output_path, restart) as output:
+        pretrained = load(ckpt) if ckpt is not None else None
+        given = data.load_tokenizer(tokenizer_path) if tokenizer_path is not None else None
+        small = pretrained.encoder.config["d"] <= SIZES["tiny"]["d"] if pretrained else size == "tiny"
+        lr = lr or LEARNING_RATE[pretrained is not None, small]
+        reader = read_task(name, data_path, limit=limit, skip_bad=skip_bad)
+        settings = dict(
+            corpus={source.name: source.mark for source in reader.sources.values()}, task=name, limit=limit,
+            skip_bad=skip_bad, ctx=ctx, ckpt=data.open_source(ckpt).mark if pretrained else None,
+            size=None if pretrained else size, tokenizer=zlib.crc32(given.text.encode()) if given else None,
+            vocab=None if pretrained or given else vocab or (4096 if size == "tiny" else 32100),
+            steps=steps, epochs=epochs, batch=batch, accumulate=accumulate, lr=lr, eval_every=eval_every, seed=seed)
+        state = output.resume(settings)
+
+        train, valid = reader.splits["train"], reader.splits["valid"]
+        if state:
+            tokenizer = Tokenizer(state["tokenizer"])
+        elif pretrained:
+            tokenizer = pretrained.tokenizer
+        else:
+            tokenizer = given or data.train_tokenizer(train, settings["vocab"])
+        facts = describe_data(reader)
+        for part, split in reader.splits.items():
+            if not len(split.prepare(tokenizer, ctx)):
+                raise Problem(f"the {part} split has no labelled token")
+        lengths = data.choose_lengths(data.sample_lengths(train.items, train.distinct), ctx)
+        batches, held_out = train.training(batch, lengths, seed), valid.each(batch, lengths)
+        steps = steps or epochs * len(batches)
+        eval_every = eval_every or len(batches)
+
+        torch.manual_seed(seed)
+        encoder = pretrained.encoder if pretrained else Encoder(tokenizer.vocab, **SIZES[size])
+        task = tasks.OBJECTIVES[benchmark.kind](encoder, tokenizer, name, reader.labels, ctx).to(device)
+        describe(task=f"{name}, {benchmark.kind}, from {ckpt if pretrained else 'scratch'}", data=facts,
+                 **({"labels": f"{len(reader.labels):,}: {data.listed(reader.labels, 8)}"} if reader.labels else {}),
+                 tokenizer=f"{tokenizer.vocab:,} entries",
+                 samples=f"ctx {ctx}, padded to {', '.join(map(str, lengths))}; {workers} processes tokenise ahead",
+                 validation=describe_encoding(valid))
+        describe_training(task, f"{encoder.config['layers']} x {encoder.config['d']}", device, output_path, steps,
+                          steps / len(batches), "linear", batch=batch, lr=lr, seed=seed, accumulate=accumulate,
+                          eval_every=eval_every)
+        metrics = tasks.train(task, batches, held_out, output, state, split=valid, settings=settings, steps=steps, lr=lr,
+                              decay=tasks.linearly, accumulate=accumulate, eval_every=eval_every, workers=workers)
+        result = dict(output=output_path, task=name, steps=steps, parameters=sum(p.numel() for p in task.parameters()),
+                      **{f"valid_{key}": value for key, value in metrics.items()})
+        if "test" in reader.splits:
+            test = reader.splits["test"]
+            try:
+                scores, _ = tasks.evaluate(task, test.each(batch, lengths), test, workers)
+            except KeyboardInterrupt as interrupt:
+                raise Problem(f"interrupted: {output_path} is written; `codessm evaluate {name} --ckpt {output_path}` "
+                              "scores the test split", 143 if isinstance(interrupt, Terminated) else 130) from None
+            output.record(step=steps, **{f"test_{key}": value for key, value in scores.items()})
+            result |= {f"test_{key}": value for key, value in scores.items()}
+    result |= dict(seconds=round(time.monotonic() - started, 1), peak_memory=peak_memory(device))
+    if as_json:
+        click.echo(json.dumps(result))
+    else:
+        click.echo(f"{output_path}: {steps:,} steps in {result['seconds']:.0f} s, peak memory "
+                   f"{data.size(result['peak_memory'])}")
+        click.echo(f"valid  {shown(metrics, benchmark.metric)}")
+        if "test" in reader.splits:
+            click.echo(f"test   {shown(scores, benchmark.metric)}")
+
+
+# (from a checkpoint, tiny) -> the default peak learning rate of fine-tuning
+LEARNING_RATE = {(True, False): 5e-5, (False, False): 3e-4, (True, True): 2e-3, (False, True): 2e-3}
+
+
+def load_for(name: str, path: str, device: torch.device) -> nn.Module:
+    """The model of a checkpoint, which must be one for this task; raises `Problem`."""
+    model = load(path, device)
+    if name == "mlm" and model.name == "mlm":
+        return model
+    if name == "mlm":
+        raise Problem(f"{path} was fine-tuned for {model.name} and no longer predicts masked tokens: give the "
+                      "pretrained checkpoint")
+    if model.name == "mlm":
+        raise Problem(f"{path} is a pretrained encoder: `codessm finetune {name} --ckpt {path}` makes a model for "
+                      f"{name} of it")
+    ours, theirs = data.TASKS[name], data.TASKS[model.name]
+    if ours.kind != theirs.kind or ours.labels and list(ours.labels) != model.labels:
+        raise Problem(f"{path} was fine-tuned for {model.name}, which is not the same kind of task as {name}")
+    return model
+
+
+@cli.command(epilog="Example: codessm evaluate devign --ckpt devign.pt --split test --predictions predictions.txt")
+@task_argument("mlm")
+@options("--ckpt --data --ctx --batch --limit --skip-bad --code-field --text-field --device --workers --json",
+         data="The folder (or file) of the benchmark, of mlm a corpus.  [default: ./TASK; mlm: the standard library]",
+         ctx="Tokens a function.  [default: as trained; mlm: 256]",
+         batch="Samples at a time; the result does not depend on it.")
+@click.option("--split", default="test", show_default=True, type=click.Choice(data.SPLITS),
+              help="Of mlm, test is the whole corpus and valid its held-out 1 %.")
+@click.option("--predictions", metavar="FILE", help="Write the predictions, in the form CodeXGLUE's evaluators read.")
+def evaluate(name, ckpt, data_path, ctx, batch, limit, skip_bad, code_field, text_field, device, workers, as_json, split,
+             predictions):
+    """Score a checkpoint on a split of TASK, or on a corpus (mlm)."""
+    if predictions is not None and name == "mlm":
+        raise click.UsageError("--predictions is for the other tasks than mlm")
+    if name != "mlm" and (code_field or text_field):
+        raise click.UsageError("--code-field and --text-field are for mlm")
+    started, device, workers = time.monotonic(), choose_device(device), default_workers(workers)
+    model = load_for(name, ckpt, device)
+    if predictions is not None:
+        data.check_writable(predictions)
+    if name == "mlm":
+        sources = data.find_sources([data_path]) if data_path is not None else [data.standard_library()]
+        corpus = data.Corpus(sources, code_field, text_field, limit, skip_bad)
+        records = {"test": np.arange(len(corpus)), "valid": corpus.held_out, "train": corpus.train}[split]
+        if not len(records):
+            raise Problem(f"the {split} split of {data_path} is empty")
+        ctx, part = ctx or 256, None
+        samples = data.Samples(corpus, model.tokenizer, ctx)
+        lengths = data.choose_lengths(data.sample_lengths(samples, records), ctx)
+        batches = data.Batches(samples, records, batch, lengths, model.tokenizer.pad)
+        facts, count = f"{len(corpus):,} records" + (f"; {corpus.bad:,} bad lines passed over" if corpus.bad else ""), \
+            len(records)
+    else:
+        reader = read_task(name, data_path, wanted=[split], required=[split], labels=model.labels, limit=limit,
+                           skip_bad=skip_bad)
+        ctx, part, facts = ctx or model.ctx, reader.splits[split], describe_data(reader)
+        count = len(part)
+        if not len(part.prepare(model.tokenizer, ctx)):
+            raise Problem(f"the {split} split has no labelled token")
+        lengths = data.choose_lengths(data.sample_lengths(part.items, part.distinct), ctx)
+        batches = part.each(batch, lengths)
+        facts += f"; {describe_encoding(part)}"
+    describe(data=facts, samples=f"ctx {ctx}, padded to {', '.join(map(str, lengths))}")
+    metrics, outputs = tasks.evaluate(model, batches, part, workers)
+    if not all(map(math.isfinite, metrics.values())):
+        raise Problem(f"nothing could be predicted in {data_path}" if name == "mlm" else f"{ckpt}: not a number", 1)
+    if predictions is not None:
+        with data.atomic(predictions) as file:
+            file.writelines(line.encode() + b"\n" for line in model.lines(outputs, part))
+    result = dict(task=name, split=split, examples=count, **metrics, encoded=len(batches.records),
+                  seconds=round(time.monotonic() - started, 1), peak_memory=peak_memory(device))
+    if as_json:
+        click.echo(json.dumps(result))
+    else:
+        sentence = mlm_sentence(metrics) if name == "mlm" else shown(metrics, data.TASKS[name].metric)
+        click.echo(f"{name} {split}, {count:,} examples in {result['seconds']:.0f} s: {sentence}")
+
+
+PREDICT = 4096  # records at a time
+
+
+@cli.command(epilog="Example: codessm predict --ckpt devign.pt functions.jsonl > predictions.jsonl")
+@click.argument("files", nargs=-1)
+@options("--ckpt --ctx --batch --device", ctx="Tokens a function.  [default: as trained]",
+         batch="Samples at a time; the result does not depend on it.")
+def predict(files, ckpt, ctx, batch, device):
+    """Predict for FILES: JSONL, source files, or - (the default), standard input with JSONL.
+
+    A line of JSONL comes out for each that goes in, in the same order, with what it held and `prediction` and
+    `probabilities` (of a pair `prediction` and `score`, of retrieval `score`, the cosine of text and code, of tagging
+    `predictions`, one a token). Of a source file a line comes out with its `path`.
+    """
+    device = choose_device(device)
+    model = load(ckpt, device)
+    if model.name == "mlm":
+        raise Problem(f"{ckpt} is a pretrained encoder, which predicts nothing yet: fine-tune it first")
+    for path, source, hidden in data.prediction_sources(files or ["-"], model.name):
+        records = data.Records([source], partial(data.parse_example, data.prediction_task(model.name), labelled=False))
+        for start in data.progress(range(0, len(records), PREDICT), desc=f"predicting {path}", leave=False):
+            rows = np.arange(start, min(start + PREDICT, len(records)))
+            split = data.unlabelled(model.name, records, rows).prepare(model.tokenizer, ctx or model.ctx)
+            counts = data.sample_lengths(split.items, split.distinct, len(split.distinct))
+            with torch.no_grad(), closing(split.each(batch, sorted({*(-(-counts // 8) * 8)})).stream(
+                    stop=-(-len(split.distinct) // batch))) as stream:
+                for row, result in zip(rows, model.results(stream, split)):
+                    kept = data.parse_json(records.line(row))
+                    click.echo(json.dumps({k: v for k, v in kept.items() if k not in hidden} | result))
 
 
 @cli.command(epilog="Example: codessm corpus ~/projects -o corpus.jsonl")
 @click.argument("paths", nargs=-1)
-@click.option("-o", "output_path", metavar="FILE", help="The JSONL file to write.  [default: standard output]")
-def corpus(paths, output_path):
+@click.option("--task", type=click.Choice(list(data.FIRST_FIELD)), help="Make a benchmark of the Python files instead.")
+@click.option("-o", "output_path", metavar="FILE|DIR",
+              help="The JSONL file to write, with --task the folder.  [default: standard output; with --task ./TASK]")
+def corpus(paths, task, output_path):
     """Turn source trees into a corpus: JSONL with a record a Python function, or a file otherwise.
 
     PATHS: folders and files; without any, the Python standard library. Docstrings stand apart from the
     code, exact duplicates are dropped; hidden, vendored and installed folders below PATHS are left out.
+
+    --task advtest makes a benchmark for code search of docstrings and functions, obfuscated where they are ranked;
+    --task typeinf one for type inference of the annotations. `codessm finetune` reads them.
     """
     paths = paths or [data.STANDARD_LIBRARY]
+    if task:
+        data.build_benchmark(task, paths, output_path or task)
+        return
     if output_path is None:
         data.build_corpus(paths, sys.stdout.buffer)
         return

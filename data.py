@@ -9,12 +9,17 @@
 import array
 import ast
 import atexit
+import bisect
+import csv
 import ctypes
 import glob
 import gzip
 import heapq
+import html
 import io
+import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -23,9 +28,11 @@ import stat
 import sys
 import sysconfig
 import tempfile
+import textwrap
 import tokenize
 import warnings
 import zlib
+from collections import Counter
 from contextlib import closing, contextmanager
 from functools import partial
 from hashlib import blake2b
@@ -85,10 +92,10 @@ def size(count: float) -> str:
     return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
 
 
-def listed(names: Iterable[str]) -> str:
-    """At most three of the names, for a sentence."""
+def listed(names: Iterable[str], most: int = 3) -> str:
+    """At most so many of the names, for a sentence."""
     names = list(names)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
+    return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
 @contextmanager
@@ -254,6 +261,14 @@ def first_field(record: dict, names: Iterable[str]) -> str | None:
     return None
 
 
+def missing(record: dict, names: Iterable[str], advice: str = "") -> BadLine:
+    """The error of a record without the field that it needs, one of `names`."""
+    names = list(names)
+    wanted = "no code field" if names == list(CODE_FIELDS) else "no field " + " or ".join(f'"{n}"' for n in names)
+    seen = ", ".join(map(str, list(record)[:12])) or "none"
+    return BadLine(f"{wanted}; the fields seen are: {seen}" + (f" ({advice})" if advice else ""))
+
+
 def well_formed(string: str) -> str:
     """The string with lone surrogates replaced, which JSON and Python can spell and UTF-8 cannot."""
     return string if string.isascii() else string.encode("utf-8", "replace").decode()
@@ -298,30 +313,25 @@ def parse_json(line: bytes) -> dict:
     return record
 
 
-class Corpus:
-    """JSONL files as a sequence of (text, code); in memory are 17 to 21 bytes a line, never the lines.
+class Records:
+    """JSONL files as a sequence of what `parse` makes of a line; in memory are 8 bytes a line, never the lines.
 
     Args:
-        sources: from `find_sources` or `standard_library`.
-        code_field, text_field: their names, where they are not among the known ones.
+        sources: from `find_sources`.
+        parse: bytes of a line -> anything; raises `BadLine`.
         limit: only the first so many records of each file.
         skip_bad: count bad lines and pass over them, where otherwise the first is a `Problem`.
-    After the one pass over the files, `corpus[i]` reads record i; `train` and `held_out` are arrays of
-    record numbers (uint32); `bytes` is the size of all. Held out is 1 % by a hash of the line; of fewer than
-    3,200 records a tenth, 32 at most, with the lowest hashes. Raises `Problem`.
+        note: called with each good line and what was made of it.
+    After the one pass over the files, `records[i]` reads record i; `bytes` is the size of all, `bad` the number of
+    lines passed over. Raises `Problem`.
     """
 
-    def __init__(self, sources: list[Source], code_field: str | None = None, text_field: str | None = None,
-                 limit: int | None = None, skip_bad: bool = False):
-        self.sources = sources
-        self.code_fields = (code_field,) if code_field else CODE_FIELDS
-        self.text_fields = (text_field,) if text_field else TEXT_FIELDS
-        self.plain_text = not code_field and not text_field  # a record with `text` alone is code
-        self.bad = self.bytes = self.texts = 0
-        offsets, held, first = array.array("Q"), bytearray(), []
-        lowest: list[tuple[int, int]] = []  # (-hash, record) of the 32 lowest hashes
-        files = [os.path.getsize(source.path) for source in sources]
-        with progress(total=sum(files), desc="reading corpus", unit="B") as bar:
+    def __init__(self, sources: list[Source], parse: Callable, limit: int | None = None, skip_bad: bool = False,
+                 note: Callable = lambda line, parsed: None):
+        self.sources, self.parse, self.bad, self.bytes = sources, parse, 0, 0
+        offsets, first = array.array("Q"), []
+        with progress(total=sum(os.path.getsize(source.path) for source in sources), desc="reading records",
+                      unit="B") as bar:
             for source in sources:
                 first.append(len(offsets))
                 for number, offset, line in lines(source.path):
@@ -329,54 +339,22 @@ class Corpus:
                         break
                     bar.update(len(line))
                     try:
-                        self.parse(line)
+                        note(line, parse(line))
                     except BadLine as error:
                         if not skip_bad:
                             raise Problem(f"{source.name}:{number}: {error}") from None
                         self.bad += 1
                         worst = f"{source.name}:{number}: {error}"
                         continue
-                    checksum = zlib.crc32(line.strip())
-                    (heapq.heappush if len(lowest) < 32 else heapq.heappushpop)(lowest, (-checksum, len(offsets)))
                     offsets.append(offset)
-                    held.append(checksum % 100 == 0)
                     self.bytes += len(line)
-        names = listed(source.name for source in sources)
         if not offsets:
-            raise Problem(f"{names}: no records" + (f"; the last of {self.bad} bad lines is {worst}"
-                                                    if self.bad else ": the corpus is empty"))
-        if text_field and not self.texts:
-            raise Problem(f'{names}: no record has the field "{text_field}" given with --text-field')
+            raise Problem(f"{listed(source.name for source in sources)}: no records"
+                          + (f"; the last of {self.bad} bad lines is {worst}" if self.bad else ": it is empty"))
         self.offsets, self.first = np.frombuffer(offsets, np.uint64), np.array(first)
-        flags = np.frombuffer(held, bool)
-        least = min(32, max(1, len(flags) // 10), len(flags) - 1)
-        if flags.sum() < least:
-            for _, record in sorted(lowest, reverse=True)[:least]:
-                held[record] = 1
-        self.train = np.flatnonzero(~flags).astype(np.uint32)
-        self.held_out = np.flatnonzero(flags).astype(np.uint32)
 
     def __len__(self) -> int:
         return len(self.offsets)
-
-    def parse(self, line: bytes) -> tuple[str, str]:
-        """(text, code) of one line, the text "" where there is none; raises `BadLine`."""
-        record = parse_json(line)
-        code, text = first_field(record, self.code_fields), None
-        if code is None and self.plain_text and record.get("text") is not None:
-            code, text = first_field(record, ["text"]), first_field(record, TEXT_FIELDS[:-1])
-        elif code is not None:
-            text = first_field(record, self.text_fields)
-        if code is None:
-            wanted = f'no field "{self.code_fields[0]}"' if len(self.code_fields) == 1 else "no code field"
-            seen = ", ".join(map(str, list(record)[:12])) or "none"
-            raise BadLine(f"{wanted}; the fields seen are: {seen} (--code-field names the one to read)")
-        if code.startswith("<"):
-            code = STARCODER.sub("", code)
-        if not code.strip():
-            raise BadLine("the code is empty")
-        self.texts += text is not None
-        return once(text or "", code)
 
     def line(self, record: int) -> bytes:
         """The raw line of a record."""
@@ -388,13 +366,72 @@ class Corpus:
         """The file that a record is in."""
         return self.sources[np.searchsorted(self.first, record, side="right") - 1]
 
-    def __getitem__(self, record: int) -> tuple[str, str]:
-        """(text, code) of a record, read from its file; raises `Problem` if that has changed."""
+    def __getitem__(self, record: int):
+        """What `parse` makes of a record, read from its file; raises `Problem` if that has changed."""
         try:
             return self.parse(self.line(record))
         except (BadLine, OSError) as error:
             raise Problem(f"{self.source(record).name} changed while it was being read: at byte "
                           f"{self.offsets[record]} there is now {error}", 1) from None
+
+
+class Corpus(Records):
+    """JSONL files as a sequence of (text, code); in memory are 17 to 21 bytes a line.
+
+    Args:
+        sources, limit, skip_bad: as for `Records`; the sources may be `standard_library` too.
+        code_field, text_field: their names, where they are not among the known ones.
+    `train` and `held_out` are arrays of record numbers (uint32). Held out is 1 % by a hash of the line; of fewer
+    than 3,200 records a tenth, 32 at most, with the lowest hashes. Raises `Problem`.
+    """
+
+    def __init__(self, sources: list[Source], code_field: str | None = None, text_field: str | None = None,
+                 limit: int | None = None, skip_bad: bool = False):
+        self.code_fields = (code_field,) if code_field else CODE_FIELDS
+        self.text_fields = (text_field,) if text_field else TEXT_FIELDS
+        self.plain_text = not code_field and not text_field  # a record with `text` alone is code
+        self.texts, held = 0, bytearray()
+        lowest: list[tuple[int, int]] = []  # (-hash, record) of the 32 lowest hashes
+
+        def note(line: bytes, _parsed) -> None:
+            checksum = zlib.crc32(line.strip())
+            (heapq.heappush if len(lowest) < 32 else heapq.heappushpop)(lowest, (-checksum, len(held)))
+            held.append(checksum % 100 == 0)
+
+        super().__init__(sources, self.parse, limit, skip_bad, note)
+        if text_field and not self.texts:
+            raise Problem(f'{listed(source.name for source in sources)}: no record has the field "{text_field}" '
+                          "given with --text-field")
+        flags = np.frombuffer(held, bool)
+        least = min(32, max(1, len(flags) // 10), len(flags) - 1)
+        if flags.sum() < least:
+            for _, record in sorted(lowest, reverse=True)[:least]:
+                held[record] = 1
+        self.train = np.flatnonzero(~flags).astype(np.uint32)
+        self.held_out = np.flatnonzero(flags).astype(np.uint32)
+
+    def parse(self, line: bytes) -> tuple[str, str]:
+        """(text, code) of one line, the text "" where there is none; raises `BadLine`."""
+        record = parse_json(line)
+        code, text = first_field(record, self.code_fields), None
+        if code is None and self.plain_text and record.get("text") is not None:
+            code, text = first_field(record, ["text"]), first_field(record, TEXT_FIELDS[:-1])
+        elif code is not None:
+            text = first_field(record, self.text_fields)
+        if code is None:
+            raise missing(record, self.code_fields, "--code-field names the one to read")
+        if code.startswith("<"):
+            code = STARCODER.sub("", code)
+        if not code.strip():
+            raise BadLine("the code is empty")
+        self.texts += text is not None
+        return once(text or "", code)
+
+    def strings(self, share: float) -> Iterator[str]:
+        """The texts and codes of a share of the training records, chosen by a hash of the line."""
+        for record in progress(self.train, desc="reading for the tokenizer", unit=" records"):
+            if share == 1 or zlib.crc32(b"tokenizer" + self.line(record)) < share * 2 ** 32:
+                yield from self[record]
 
 
 def lines(path: str) -> Iterator[tuple[int, int, bytes]]:
@@ -450,10 +487,14 @@ class Tokenizer:
 
     def encode(self, string: str) -> list[int]:
         """The ids of a string, without special tokens; raises `Problem` where the tokenizer has none for it."""
+        return self.encode_many([string])[0]
+
+    def encode_many(self, strings: list[str]) -> list[list[int]]:
+        """The ids of each string."""
         try:
-            return self.model.encode_batch_fast([string], add_special_tokens=False)[0].ids
+            return [encoding.ids for encoding in self.model.encode_batch_fast(strings, add_special_tokens=False)]
         except Exception as error:  # the library raises nothing narrower
-            raise Problem(f"the tokenizer cannot encode this corpus: {error}") from None
+            raise Problem(f"the tokenizer cannot encode this: {error}") from None
 
 
 def load_tokenizer(path: str) -> Tokenizer:
@@ -464,18 +505,11 @@ def load_tokenizer(path: str) -> Tokenizer:
         raise Problem(f"{path}: {getattr(error, 'strerror', None) or 'not a tokenizer.json'}") from None
 
 
-def train_tokenizer(corpus: Corpus, vocab: int, most: int = 200_000_000) -> Tokenizer:
-    """A byte-level BPE of `vocab` entries trained on the training records, at most `most` bytes of them.
+def train_tokenizer(corpus, vocab: int, most: int = 200_000_000) -> Tokenizer:
+    """A byte-level BPE of `vocab` entries trained on `corpus.strings`, about `most` bytes at most.
 
-    Which ones is decided by a hash of the line, so it is the same in every run.
+    Which ones is decided by a hash, so it is the same in every run.
     """
-    share = min(1.0, most / corpus.bytes)
-
-    def chosen() -> Iterator[str]:
-        for record in progress(corpus.train, desc="reading for the tokenizer", unit=" records"):
-            if share == 1 or zlib.crc32(b"tokenizer" + corpus.line(record)) < share * 2 ** 32:
-                yield from corpus[record]
-
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
     model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = tokenizers.decoders.ByteLevel()
@@ -486,7 +520,7 @@ def train_tokenizer(corpus: Corpus, vocab: int, most: int = 200_000_000) -> Toke
                       f"{len(alphabet) + len(special)} entries")
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=vocab, special_tokens=special,
                                              initial_alphabet=alphabet, show_progress=sys.stderr.isatty())
-    model.train_from_iterator(chosen(), trainer)
+    model.train_from_iterator(corpus.strings(min(1.0, most / corpus.bytes)), trainer)
     return Tokenizer(model.to_str())
 
 
@@ -524,21 +558,25 @@ class Samples:
         text, code = self.corpus[record]
         ids = [tokenizer.start]
         if text:
-            ids += self.window(text, self.ctx // 2 - 2) + [tokenizer.end]
+            ids += window(tokenizer, text, self.ctx // 2 - 2) + [tokenizer.end]
         place = draw(self.seed, epoch, record, 0, WINDOW).item() if epoch else 0.0
-        return ids + self.window(code, self.ctx - len(ids) - 1, place) + [tokenizer.end]
+        return ids + window(tokenizer, code, self.ctx - len(ids) - 1, place) + [tokenizer.end]
 
-    def window(self, string: str, room: int, place: float = 0.0) -> list[int]:
-        """At most `room` ids from `place` in [0, 1) of a string; no more of it is tokenised than that needs."""
-        length = 8 * room  # characters: about twice what fills the room
-        while True:
-            spare = max(0, len(string) - length)
-            start = int(place * (spare + 1))
-            ids = self.tokenizer.encode(string[start:start + length])
-            if len(ids) >= room or not spare:
-                start = int(place * (max(0, len(ids) - room) + 1))
-                return ids[start:start + room]
-            length *= 2
+
+def window(tokenizer: Tokenizer, string: str, room: int, place: float = 0.0) -> list[int]:
+    """At most `room` ids from `place` in [0, 1) of a string; no more of it is tokenised than that needs."""
+    length = 8 * room  # characters: about twice what fills the room
+    while True:
+        spare = max(0, len(string) - length)
+        start = int(place * (spare + 1))
+        ids = tokenizer.encode(string[start:start + length])
+        if len(ids) >= room or not spare:
+            start = int(place * (max(0, len(ids) - room) + 1))
+            return ids[start:start + room]
+        length *= 2
+
+
+IGNORE = -100  # a target that is not predicted
 
 
 class Batch(NamedTuple):
@@ -547,12 +585,20 @@ class Batch(NamedTuple):
     lengths: np.ndarray  # (B,) int32
     records: np.ndarray  # (B,) int64
     epoch: int
+    second: tuple[np.ndarray, np.ndarray] | None = None  # ids and lengths of the second side, where there is one
+    labels: np.ndarray | None = None  # (B,) int64, IGNORE in rows that only fill up
 
 
-def sample_lengths(samples: Samples, records: np.ndarray, most: int = 4096) -> np.ndarray:
+def sides(sample) -> tuple[list[int], ...]:
+    """The one or two rows of ids of a sample."""
+    return sample if isinstance(sample, tuple) else (sample,)
+
+
+def sample_lengths(samples: Callable, records: np.ndarray, most: int = 4096) -> np.ndarray:
     """Token counts, int64, of the epoch-0 samples of at most `most` of the records, evenly spaced."""
     chosen = records[np.linspace(0, len(records) - 1, min(most, len(records))).astype(int)]
-    return np.array([len(samples(int(record))) for record in progress(chosen, desc="measuring samples")])
+    return np.array([max(map(len, sides(samples(int(record)))))
+                     for record in progress(chosen, desc="measuring samples")])
 
 
 def choose_lengths(counts: np.ndarray, ctx: int, most: int | None = None) -> list[int]:
@@ -605,19 +651,20 @@ class Batches(Dataset):
     """Batches of samples in a reproducible order.
 
     Args:
-        samples: any function (record, epoch) -> ids, as `Samples`.
+        samples: any function (record, epoch) -> ids, as `Samples`, or -> two rows of ids.
         records: the record numbers to go through, once an epoch.
         batch: samples a batch, over all ranks.
         lengths: the static lengths, from `choose_lengths`.
         seed: of the order; None keeps that of `records`, as evaluation wants it.
         rank, world: this process takes rows rank, rank + world, ... of each batch.
+        labels: of all records, int64.
     `len()` is the number of batches an epoch; the last is filled up with empty rows.
     """
     POOL = 50
 
-    def __init__(self, samples: Callable[[int, int], list[int]], records: np.ndarray, batch: int,
-                 lengths: list[int], pad: int, seed: int | None = None, rank: int = 0, world: int = 1):
-        self.samples, self.records, self.batch, self.pad = samples, records, batch, pad
+    def __init__(self, samples: Callable, records: np.ndarray, batch: int, lengths: list[int], pad: int,
+                 seed: int | None = None, rank: int = 0, world: int = 1, labels: np.ndarray | None = None):
+        self.samples, self.records, self.batch, self.pad, self.labels = samples, records, batch, pad, labels
         self.lengths, self.seed, self.rank, self.world = np.array(lengths), seed, rank, world
         self.order = None, None
 
@@ -640,24 +687,41 @@ class Batches(Dataset):
         epoch, pool = key
         try:
             records = self.records_of(epoch, pool).astype(np.int64)
-            rows = [np.array(self.samples(int(record), epoch), np.int32) for record in records]
+            samples = [sides(self.samples(int(record), epoch)) for record in records]
         except Problem as problem:
             return problem
-        order = np.argsort([-len(row) for row in rows], kind="stable")
+        order = self.by_length(np.array([list(map(len, rows)) for rows in samples]))
         groups = [order[i:i + self.batch] for i in range(0, len(order), self.batch)]
         if self.seed is not None:
             np.random.default_rng((self.seed, epoch, pool)).shuffle(groups)
-        return [self.pad_rows([rows[i] for i in group], records[group], epoch) for group in groups]
+        return [self.collate([samples[i] for i in group], records[group], epoch) for group in groups]
 
-    def pad_rows(self, rows: list[np.ndarray], records: np.ndarray, epoch: int) -> Batch:
-        """One rank's share of a batch, at the static length that its longest row needs on any rank."""
+    def by_length(self, lengths: np.ndarray) -> np.ndarray:
+        """The order in which samples with so many tokens a side, (n, k), are cut into batches with little padding."""
+        order = np.argsort(-lengths.max(1), kind="stable")
+        if lengths.shape[1] == 1:
+            return order
+        # the seven batches whose longer sides are alike share the shorter ones by length
+        run = np.empty(len(order), int)
+        run[order] = np.arange(len(order)) // (7 * self.batch)
+        return np.lexsort((-lengths.max(1), -lengths.min(1), run))
+
+    def collate(self, samples: list[tuple[list[int], ...]], records: np.ndarray, epoch: int) -> Batch:
+        """One rank's share of a batch."""
+        share, fill = slice(self.rank, None, self.world), self.batch - len(records)
+        (ids, lengths), *second = [tuple(array[share] for array in self.pad_rows(rows)) for rows in zip(*samples)]
+        labels = None
+        if self.labels is not None:
+            labels = np.pad(self.labels[records], (0, fill), constant_values=IGNORE)[share]
+        return Batch(ids, lengths, np.pad(records, (0, fill))[share], epoch, second[0] if second else None, labels)
+
+    def pad_rows(self, rows: Iterable[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+        """ids (B, L) and lengths (B,), both int32, L being the static length that the longest row needs."""
         L = self.lengths[np.searchsorted(self.lengths, max(map(len, rows)))]
-        ids = np.full((self.batch, L), self.pad, np.int32)
-        lengths, numbers = np.zeros(self.batch, np.int32), np.zeros(self.batch, np.int64)
+        ids, lengths = np.full((self.batch, L), self.pad, np.int32), np.zeros(self.batch, np.int32)
         for i, row in enumerate(rows):
-            ids[i, :len(row)], lengths[i], numbers[i] = row, len(row), records[i]
-        share = slice(self.rank, None, self.world)
-        return Batch(ids[share], lengths[share], numbers[share], epoch)
+            ids[i, :len(row)], lengths[i] = row, len(row)
+        return ids, lengths
 
     def stream(self, start: int = 0, stop: int | None = None, workers: int = 0) -> Iterator[Batch]:
         """Batches number `start` to `stop` (None: without end), epoch after epoch.
@@ -692,6 +756,740 @@ class Batches(Dataset):
             del pending  # ends the workers
 
 
+# ---- benchmarks -------------------------------------------------------------------------------------
+
+class Benchmark(NamedTuple):
+    """What a task is made of; DESIGN's table of tasks, a row each."""
+    kind: str                      # retrieval, classify, tag or pair
+    ctx: int                       # tokens a side
+    epochs: int
+    metric: str                    # the one by which the best epoch is chosen
+    text: tuple[str, ...] = ()     # the names that a field may have, the first that is there wins
+    code: tuple[str, ...] = CODE_FIELDS
+    label: str = "label"
+    labels: tuple[str, ...] = ()   # all there are, where the task fixes them
+    files: str = "train.jsonl, valid.jsonl and test.jsonl, or one file, split 80/10/10"
+    line: str = ""                 # what a line looks like
+    published: str = ""            # where
+
+
+ADVTEST = Benchmark(
+    "retrieval", 512, 2, "mrr", ("docstring_tokens", "docstring"),
+    ("code_tokens", "function_tokens", "code", "function"), files="train.jsonl, valid.jsonl and test.jsonl",
+    line='{"docstring_tokens": [...], "code_tokens": [...], "url": "...", "idx": 0}',
+    published="https://github.com/microsoft/CodeXGLUE/tree/main/Text-Code/NL-code-search-Adv")
+TASKS = {
+    "advtest": ADVTEST,
+    "nlcodesearch": ADVTEST,
+    "sqa": Benchmark(
+        "retrieval", 1024, 3, "mrr", ("question",), ("answer",),
+        files="corpus.jsonl, queries.jsonl and qrels/{train,test}.tsv (CoIR), or Questions.csv and Answers.csv "
+              "(StackSample), or JSONL", line='{"question": "...", "answer": "..."}',
+        published="https://huggingface.co/datasets/CoIR-Retrieval/stackoverflow-qa and "
+                  "https://www.kaggle.com/datasets/stackoverflow/stacksample"),
+    "devign": Benchmark(
+        "classify", 400, 5, "accuracy", code=("func",), label="target", labels=("0", "1"),
+        files="function.json with train.txt, valid.txt and test.txt, or train.jsonl, valid.jsonl and test.jsonl",
+        line='{"func": "int f() {...}", "target": 0, "idx": 0}',
+        published="https://github.com/microsoft/CodeXGLUE/tree/main/Code-Code/Defect-detection"),
+    "diversevul": Benchmark(
+        "classify", 512, 3, "macro_f1", code=("func",), label="target", labels=("0", "1"),
+        line='{"func": "int f() {...}", "target": 0}', published="https://github.com/wagner-group/diversevul"),
+    "complexity": Benchmark(
+        "classify", 1024, 10, "macro_f1", code=("src", "code"), label="complexity",
+        labels=("constant", "logn", "linear", "nlogn", "quadratic", "cubic", "np"),
+        line='{"src": "int f() {...}", "complexity": "linear"}',
+        published="https://huggingface.co/datasets/codeparrot/codecomplex"),
+    "typeinf": Benchmark(
+        "tag", 512, 3, "accuracy", files="train*.jsonl, valid.jsonl and test.jsonl, and vocab_50000.txt if there is one",
+        line='{"tokens": ["function", "f", ...], "labels": [null, "string", ...]}',
+        published="https://zenodo.org/record/6387001"),
+    "clone": Benchmark(
+        "pair", 512, 3, "f1", code=("func",), labels=("0", "1"),
+        files="data.jsonl, with train.txt, valid.txt and test.txt of lines idx1, tab, idx2, tab, label",
+        line='{"func": "int f() {...}", "idx": "10"}',
+        published="https://github.com/microsoft/CodeXGLUE/tree/main/Code-Code/Clone-detection-BigCloneBench"),
+    "retrieval": Benchmark("retrieval", 512, 3, "mrr", TEXT_FIELDS[::-1], line='{"text": "...", "code": "..."}'),
+    "classify": Benchmark("classify", 512, 3, "accuracy", line='{"code": "...", "label": "..."}'),
+    "tag": Benchmark("tag", 512, 3, "accuracy", line='{"tokens": ["def", "f", ...], "labels": [null, "name", ...]}'),
+    "pair": Benchmark("pair", 512, 3, "f1", labels=("0", "1"), line='{"code1": "...", "code2": "...", "label": 0}'),
+}
+SPLITS = ("train", "valid", "test")
+UNK = "UNK"  # row 0 of a vocabulary of tags; predicted, it is always wrong
+
+
+def string_field(record: dict, names: Iterable[str], what: str, joined: bool = True) -> str:
+    """The first of the named fields, a list of tokens being joined by spaces; raises `BadLine`."""
+    names = list(names)
+    for name in names:
+        if joined and isinstance(record.get(name), list):
+            string = " ".join(token_field(record, name))
+            break
+        if record.get(name) is not None:
+            string = first_field(record, [name])
+            break
+    else:
+        raise missing(record, names)
+    if not string.strip():
+        raise BadLine(f"the {what} is empty")
+    return string
+
+
+def token_field(record: dict, name: str) -> list[str]:
+    tokens = record.get(name)
+    if tokens is None:
+        raise missing(record, [name])
+    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
+        raise BadLine(f'the field "{name}" is no list of strings')
+    return list(map(well_formed, tokens))
+
+
+def label_field(record: dict, name: str, allowed: Iterable[str] = ()) -> str:
+    """A label as a string, a truth value as 0 or 1; raises `BadLine` where there is none or it is not `allowed`."""
+    label = record.get(name)
+    if label is None:
+        raise missing(record, [name])
+    if isinstance(label, (bool, float)) and label == label // 1:
+        label = int(label)
+    if not isinstance(label, (str, int)):
+        raise BadLine(f'the label "{name}" is {JSON_KIND.get(type(label), label)}, not a name or a whole number')
+    label = well_formed(str(label))
+    if allowed and label not in allowed:
+        raise BadLine(f'the label "{label[:80]}" is none of those of the task, which are {listed(allowed, 12)}')
+    return label
+
+
+def without_docstring(text: str, code: str) -> str:
+    """Code that does not hold its own description: ranked as it is, the query would lie inside the answer."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            source = textwrap.dedent(code)
+            functions = list(python_functions(source, ast.parse(source)))
+        if len(functions) == 1:
+            code = functions[0]["code"]
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        pass
+    code = once(text, code)[1]
+    return code.replace(text.strip(), "") if len(text.split()) > 1 else code
+
+
+def parse_example(task: Benchmark, line: bytes, labelled: bool = True) -> tuple:
+    """What a line of JSONL holds; raises `BadLine`.
+
+    (code, label), (text, code), (code, code, label) or (words, labels), the last label being None unless `labelled`.
+    """
+    record = parse_json(line)
+    if task.kind == "retrieval":
+        text, code = string_field(record, task.text, "text"), string_field(record, task.code, "code")
+        if not any(isinstance(record.get(name), list) for name in task.code) and task.code != ("answer",):
+            description = record.get("docstring")
+            code = without_docstring(description if isinstance(description, str) else text, code)
+            if not code.strip():
+                raise BadLine("the code holds nothing but its description")
+        return text, code
+    if task.kind == "tag":
+        words = token_field(record, "tokens")
+        labels = record.get("labels")
+        if labels is None and not labelled:
+            return words, [None] * len(words)
+        if not isinstance(labels, list):
+            raise missing(record, ["labels"]) if labels is None else BadLine('the field "labels" is no list')
+        if len(labels) != len(words):
+            raise BadLine(f"{len(words):,} tokens and {len(labels):,} labels: there must be one for each, or null")
+        if not words:
+            raise BadLine("the list of tokens is empty")
+        return words, [None if label is None else label_field({"labels": label}, "labels") for label in labels]
+    names = [("code1", "func1"), ("code2", "func2")] if task.kind == "pair" else [task.code]
+    label = label_field(record, task.label, task.labels) if labelled else None
+    return *(string_field(record, fields, "code") for fields in names), label
+
+
+class Texts:
+    """The strings of a benchmark by item number; a part is (records, their numbers, which of a record's strings)."""
+
+    def __init__(self, *parts: tuple[Records, np.ndarray, int]):
+        self.parts, self.starts = parts, np.cumsum([0, *(len(rows) for _, rows, _ in parts)])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __call__(self, item: int) -> str:
+        part = np.searchsorted(self.starts, item, side="right") - 1
+        records, rows, side = self.parts[part]
+        return records[rows[item - self.starts[part]]][side]
+
+
+class Items:
+    """`items(i)` is the sample of item i, <s> text </s>, cut after ctx tokens."""
+
+    def __init__(self, texts: Callable[[int], str], tokenizer: Tokenizer, ctx: int):
+        self.texts, self.tokenizer, self.ctx = texts, tokenizer, ctx
+
+    def __call__(self, item: int, epoch: int = 0) -> list[int]:
+        ids = window(self.tokenizer, self.texts(item), self.ctx - 2)
+        return [self.tokenizer.start, *ids, self.tokenizer.end]
+
+
+class Windows:
+    """Files of words with tags, cut between words into windows of at most ctx tokens.
+
+    `windows(i)` is (ids, targets) of window i, equally long: the target of a labelled word's first sub-token is
+    its label's number, that of anything else IGNORE. Windows without a labelled word are left out, so each
+    labelled word is in exactly one. A word is encoded with a space before it, and cut if it fills a window.
+
+    Args:
+        files: number -> (words, labels), the labels being strings or None.
+        numbers: of the files.
+        index: of each label; others are number 0, UNK.
+    """
+
+    def __init__(self, files: Callable[[int], tuple[list[str], list[str | None]]], numbers: Iterable[int],
+                 tokenizer: Tokenizer, ctx: int, index: dict[str, int]):
+        self.files, self.tokenizer, self.room, self.index = files, tokenizer, ctx - 2, index
+        spans = array.array("q")  # file, first word, last word + 1
+        for number in progress(numbers, desc="cutting into windows", unit=" files"):
+            words, labels = files(int(number))
+            first = filled = 0
+            for i, length in enumerate([*map(len, self.encode(words)), self.room + 1]):
+                if filled + length > self.room:
+                    if any(label is not None for label in labels[first:i]):
+                        spans.extend((number, first, i))
+                    first, filled = i, 0
+                filled += length
+        self.spans = np.frombuffer(spans, np.int64).reshape(-1, 3)
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    def encode(self, words: list[str]) -> list[list[int]]:
+        ids = self.tokenizer.encode_many([" " + word for word in words])
+        return [row[:self.room] or [self.tokenizer.mask] for row in ids]
+
+    def __call__(self, number: int, epoch: int = 0) -> tuple[list[int], list[int]]:
+        file, first, last = self.spans[number].tolist()
+        words, labels = self.files(file)
+        ids, targets = [self.tokenizer.start], [IGNORE]
+        for row, label in zip(self.encode(words[first:last]), labels[first:last]):
+            targets += [IGNORE if label is None else self.index.get(label, 0)] + [IGNORE] * (len(row) - 1)
+            ids += row
+        return [*ids, self.tokenizer.end], [*targets, IGNORE]
+
+
+class Split:
+    """One split of a benchmark: items to encode, and examples that are made of one or two of them.
+
+    texts       item -> its string; of tagging, file -> (words, labels)
+    examples    (n, k) int64: the k = 1 or 2 items of each example; of tagging, the files
+    labels      (n,) int64, of classification and pairs
+    query       (n,) int64, of retrieval: which query, from 0, the example's text is; each of its examples is right
+    candidates  of retrieval: the items that are ranked;  gold (n,) the place in them of each example's code
+    index       of tagging: the number of each label
+    row         example -> the JSON object that it is from (of retrieval, candidate -> its object too)
+    `prepare` adds `items`, and `distinct`: the items that evaluation encodes, each once.
+    """
+
+    def __init__(self, texts: Callable, examples: np.ndarray, labels: np.ndarray | None = None, *,
+                 query: np.ndarray | None = None, candidates: np.ndarray | None = None, gold: np.ndarray | None = None,
+                 index: dict[str, int] | None = None, row: Callable[[int], dict] | None = None,
+                 candidate: Callable[[int], dict] | None = None, bytes: int = 0):
+        self.texts, self.examples, self.labels, self.query, self.candidates = texts, examples, labels, query, candidates
+        self.gold, self.index, self.row, self.candidate, self.bytes = gold, index, row, candidate, bytes
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def prepare(self, tokenizer: Tokenizer, ctx: int) -> "Split":
+        """Cut and tokenise with this tokenizer, at most ctx tokens a side."""
+        self.pad = tokenizer.pad
+        if self.index is None:
+            self.items = Items(self.texts, tokenizer, ctx)
+        else:
+            self.items = Windows(self.texts, self.examples[:, 0], tokenizer, ctx, self.index)
+            self.examples = np.arange(len(self.items))[:, None]
+        parts = [self.examples.ravel()] + ([] if self.candidates is None else [self.candidates])
+        self.distinct = np.unique(np.concatenate(parts))
+        return self
+
+    def sample(self, example: int, epoch: int = 0):
+        """The one or two rows of ids of an example."""
+        rows = [self.items(item) for item in self.examples[example].tolist()]
+        if self.candidates is None:  # a pair has no order, and the longer side first pads less
+            rows.sort(key=len, reverse=True)
+        return tuple(rows) if len(rows) > 1 else rows[0]
+
+    def training(self, batch: int, lengths: list[int], seed: int) -> Batches:
+        """Shuffled batches of examples; of retrieval, an example's label is the item of its code."""
+        labels = self.labels if self.candidates is None else self.examples[:, 1]
+        return Batches(self.sample, np.arange(len(self.examples)), batch, lengths, self.pad, seed, labels=labels)
+
+    def each(self, batch: int, lengths: list[int]) -> Batches:
+        """Batches of the distinct items, each once."""
+        return Batches(self.items, self.distinct, batch, lengths, self.pad)
+
+    def strings(self, share: float) -> Iterator[str]:
+        """A share of the split's strings, chosen by a hash."""
+        items = self.examples.ravel() if self.index is not None else np.unique(self.examples)
+        for item in progress(items, desc="reading for the tokenizer", unit=" items"):
+            text = self.texts(int(item))
+            text = text if isinstance(text, str) else " ".join(text[0])
+            if share == 1 or zlib.crc32(text.encode()) < share * 2 ** 32:
+                yield text
+
+
+def unlabelled(name: str, records: Records, rows: np.ndarray) -> Split:
+    """Of records to predict for, without labels."""
+    n = np.arange(len(rows))
+    if TASKS[name].kind == "tag":
+        return Split(Every(records), rows[:, None], index={})
+    if TASKS[name].kind == "classify":
+        return Split(Texts((records, rows, 0)), n[:, None])
+    return Split(Texts((records, rows, 0), (records, rows, 1)), np.stack([n, n + len(n)], 1))
+
+
+class Every:
+    """file -> (words, labels), a label for every word."""
+
+    def __init__(self, files: Records):
+        self.files = files
+
+    def __call__(self, number: int) -> tuple[list[str], list[str]]:
+        words = self.files[number][0]
+        return words, [UNK] * len(words)
+
+
+def prediction_task(name: str) -> Benchmark:
+    """The task with all the names that a field with code or text may have."""
+    task = TASKS[name]
+    return task._replace(code=tuple(dict.fromkeys(task.code + CODE_FIELDS)),
+                         text=tuple(dict.fromkeys(task.text + TEXT_FIELDS)))
+
+
+def prediction_sources(paths: Iterable[str], name: str) -> Iterator[tuple[str, Source, set[str]]]:
+    """(name, JSONL, fields not to print) of each thing to predict for; a source file becomes a line of JSONL."""
+    kind = TASKS[name].kind
+    for path in map(str, paths):
+        language = LANGUAGES.get(os.path.splitext(path)[1].lower())
+        if path == "-" or language is None and not os.path.isdir(path):
+            for source in find_sources([path]):
+                yield source.name, source, set()
+            continue
+        if kind in ("pair", "retrieval") or kind == "tag" and language not in ("python", None):
+            needed = {"tag": "Python files", "pair": "code1 and code2"}.get(kind, "a text and code")
+            raise Problem(f"{path}: a model for {name} needs JSONL with {TASKS[name].line}" + (
+                ", or Python files" if kind == "tag" else f", since a source file is not {needed}"))
+        yield path, Source(path, spool_lines(file_rows(path, kind)), ""), {"code", "tokens"}
+
+
+def file_rows(path: str, kind: str) -> Iterator[dict]:
+    """A record to predict for of each source file under `path`."""
+    for source, _language, relative in read_sources([path], ["python"] if kind == "tag" else ()):
+        name = os.path.join(path, relative) if os.path.isdir(path) else path
+        if kind == "tag":
+            try:
+                yield {"path": name, "tokens": typed_tokens(source, always=True)[0]}
+            except (SyntaxError, ValueError, RecursionError, tokenize.TokenError) as error:
+                raise Problem(f"{name}: not Python that parses ({error})") from None
+        elif source.strip():
+            yield {"path": name, "code": source}
+
+
+def seeded_split(key: bytes) -> str:
+    """train, valid or test, 80/10/10, by a hash of the line (or of whatever must stay together)."""
+    place = int.from_bytes(blake2b(key, digest_size=8, person=b"split").digest(), "big") / 2 ** 64
+    return "train" if place < 0.8 else "valid" if place < 0.9 else "test"
+
+
+def digest(string: str) -> int:
+    return int.from_bytes(blake2b(string.encode(), digest_size=8).digest(), "big")
+
+
+def first_of(digests: array.array) -> np.ndarray:
+    """For each element the number of the first one equal to it."""
+    _, first, inverse = np.unique(np.frombuffer(digests, np.uint64), return_index=True, return_inverse=True)
+    return first[inverse]
+
+
+class Reader:
+    """The files of a benchmark as `splits`, a dict of `Split`, read as published.
+
+    Args:
+        name, path: the task; a folder with its files, or its one file.
+        wanted: the splits to read; `required` are those that must be there.
+        labels: of the model, where there is one; else they are the task's or those of the training split.
+        limit, skip_bad: as for a corpus.
+    `sources` are the files read, `labels` the labels in order, `bad` counts the lines passed over. Raises `Problem`.
+    """
+
+    def __init__(self, name: str, path: str, wanted: Iterable[str] = SPLITS, required: Iterable[str] = SPLITS[:2],
+                 labels: list[str] | None = None, limit: int | None = None, skip_bad: bool = False):
+        self.name, self.path, self.task, self.limit, self.skip_bad = name, Path(path), TASKS[name], limit, skip_bad
+        self.wanted, self.bad, self.notes = list(wanted), 0, ""
+        self.sources: dict[str, Source] = {}
+        self.splits: dict[str, Split] = {}
+        self.labels = list(labels or self.task.labels)
+        if not self.path.exists():
+            raise self.expected(f"{path}: no such file or folder")
+        has = set(os.listdir(path)) if self.path.is_dir() else set()
+        if self.name == "clone":
+            self.read_clone()
+        elif self.name == "devign" and "function.json" in has:
+            self.read_devign()
+        elif self.name == "sqa" and {"corpus.jsonl", "queries.jsonl"} & has:
+            self.read_beir()
+        elif self.name == "sqa" and {"Questions.csv", "Answers.csv"} & has:
+            self.read_rows(self.spool_csv())
+        else:
+            self.read_rows(self.find_rows(has))
+        for split in required:
+            if not len(self.splits.get(split, ())):
+                raise self.expected(f"{path}: there is no {split} split")
+
+    def expected(self, what: str) -> Problem:
+        """The error of a benchmark that is not there, or not whole."""
+        where = f". It is published at {self.task.published}" if self.task.published else ""
+        return Problem(f"{what}; {self.name} is read from {self.task.files}, a line of JSONL being like "
+                       f"{self.task.line}{where}")
+
+    def open(self, file: str | os.PathLike) -> Source:
+        """A file of the benchmark, which is noted among the sources."""
+        path = self.path / file if self.path.is_dir() else self.path
+        if not path.exists():
+            raise self.expected(f"{path}: no such file")
+        if not path.is_file():
+            raise Problem(f"{path} is no plain file")
+        source = open_source(str(path))
+        self.sources[source.name] = source
+        return source
+
+    def records(self, sources: list[Source], parse: Callable, note: Callable = lambda line, parsed: None,
+                limit: int | None = None) -> Records:
+        records = Records(sources, parse, limit, self.skip_bad, note)
+        self.bad += records.bad
+        return records
+
+    # -- JSONL, an example a line
+
+    def find_rows(self, has: set[str]) -> dict[str, list[Source]]:
+        """The files of each split, or one file (or more) for "all"."""
+        if self.path.is_file():
+            return {"all": [self.open(self.path)]}
+        found = {split: sorted(f for f in has if re.fullmatch(split + (r"\d*" if split == "train" else "")
+                                                              + r"\.jsonl(\.gz)?", f)) for split in SPLITS}
+        if not any(found.values()):
+            one = sorted(f for f in has if re.search(r"\.jsonl(\.gz)?$", f) and not is_log(str(self.path / f)))
+            if len(one) != 1:
+                raise self.expected(f"{self.path}: no train.jsonl there" + (
+                    f", and more than one other file: {listed(one)}" if one else ""))
+            return {"all": [self.open(one[0])]}
+        # tagging without a vocabulary takes it from the training split
+        return {split: list(map(self.open, files)) for split, files in found.items() if files and split in self.wanted}
+
+    def read_rows(self, files: dict[str, list[Source]]) -> None:
+        self.vocabulary()
+        counts: Counter[str] = Counter()
+        known = self.labels and set(self.labels)
+        for name, sources in files.items():
+            labels, digests, places = [], array.array("Q"), []
+
+            def note(line: bytes, parsed: tuple) -> None:
+                place = SPLITS.index(seeded_split(line.strip()) if name == "all" else name)
+                if self.task.kind == "tag":
+                    if place == 0 and not self.labels:
+                        counts.update(label for label in parsed[1] if label is not None)
+                elif self.task.kind == "classify" or self.task.kind == "pair":
+                    if known and parsed[-1] not in known:
+                        raise BadLine(f'the label "{parsed[-1][:80]}" is none of those trained on, which are '
+                                      f"{listed(sorted(known), 12)}")
+                    labels.append(parsed[-1])
+                if self.task.kind in ("retrieval", "pair"):
+                    digests.extend(map(digest, parsed[:2]))
+                places.append(place)
+
+            records = self.records(sources, partial(parse_example, self.task), note, self.limit)
+            if self.task.kind == "classify" and not self.labels:
+                self.labels = sorted(set(labels), key=lambda label: (int(label) if label.isdigit() else math.inf, label))
+                known = set(self.labels)
+                if len(known) < 2:
+                    raise Problem(f"{listed(s.name for s in sources)}: all examples have the same label, {labels[0]}: "
+                                  "there is nothing to tell apart")
+            for split in self.wanted:
+                rows = np.flatnonzero(np.array(places) == SPLITS.index(split))
+                if len(rows):
+                    self.splits[split] = self.split(records, rows, labels, digests)
+        if self.task.kind == "tag":
+            if not self.labels:
+                self.labels = [UNK, "any"] + [label for label, _ in counts.most_common() if label not in (UNK, "any")]
+                self.labels = self.labels[:50_000]
+            index = {label: i for i, label in enumerate(self.labels)}
+            for split in self.splits.values():
+                split.index = index
+
+    def split(self, records: Records, rows: np.ndarray, labels: list[str], digests: array.array) -> Split:
+        """Of rows of JSONL."""
+        n, row = len(rows), Row(records, rows)
+        share = records.bytes * n // len(records)
+        if self.task.kind == "tag":
+            return Split(records.__getitem__, rows[:, None], row=row, bytes=share, index={})
+        number = {label: i for i, label in enumerate(self.labels)}
+        if self.task.kind == "classify":
+            targets = np.array([number[labels[i]] for i in rows])
+            return Split(Texts((records, rows, 0)), np.arange(n)[:, None], targets, row=row, bytes=share)
+        texts = Texts((records, rows, 0), (records, rows, 1))
+        pairs = np.frombuffer(digests, np.uint64).reshape(-1, 2)[rows]
+        if self.task.kind == "pair":
+            targets = np.array([number[labels[i]] for i in rows])
+            return Split(texts, first_of(pairs.T.copy()).reshape(2, n).T, targets, row=row, bytes=share)
+        # a text is a query of its own each time, a code that comes twice is encoded once
+        examples = np.stack([np.arange(n), n + first_of(pairs[:, 1].copy())], 1)
+        return Split(texts, examples, query=np.arange(n), candidates=examples[:, 1], gold=np.arange(n), row=row,
+                     candidate=row, bytes=share)
+
+    def vocabulary(self) -> None:
+        """The tags of vocab_50000.txt, a line each, where it lies beside the files."""
+        path = self.path / "vocab_50000.txt"
+        if self.name != "typeinf" or self.labels or not path.is_file():
+            return
+        self.open("vocab_50000.txt")
+        self.labels = [line.rstrip("\n").split("\t")[0] for line in read_text(path).splitlines()]
+        if len(self.labels) < 2 or self.labels[0] != UNK:
+            raise Problem(f"{path}:1: the first line of a vocabulary of types is {UNK}, the second the type that says "
+                          "nothing (any)")
+
+    # -- Devign: functions in one JSON array, splits as positions in it
+
+    def read_devign(self) -> None:
+        source = self.open("function.json")
+        try:
+            with open(source.path, encoding="utf-8") as file:
+                functions = json.load(file)
+            if not isinstance(functions, list):
+                raise ValueError(f"{JSON_KIND.get(type(functions), 'a number')}, not an array of functions")
+        except (ValueError, RecursionError) as error:
+            raise Problem(f"{source.name}: not JSON as published: {error}") from None
+        for split in self.wanted:
+            path = self.path / f"{split}.txt"
+            if not path.exists():
+                continue
+            positions = []
+            for number, line in numbered(self.open(path.name), self.limit):
+                try:
+                    if not line.strip().isdigit() or int(line) >= len(functions):
+                        raise BadLine(f'"{line.strip()[:80]}" is no position in {source.name}, 0 to '
+                                      f"{len(functions) - 1:,}")
+                    position = int(line)
+                    row = json.dumps(functions[position])
+                    code, label = parse_example(self.task, row.encode())
+                except BadLine as error:
+                    at = "" if "position" in str(error) else f"{source.name}, function {int(line):,}, that it names: "
+                    self.bad_line(path, number, f"{at}{error}")
+                    continue
+                positions.append(position)
+            if not positions:
+                continue
+            rows = spool_lines(functions[i] | {"idx": i} for i in positions)
+            records = Records([Source(str(path), rows, "")], partial(parse_example, self.task))
+            labels = [label_field(functions[i], self.task.label) for i in positions]
+            self.splits[split] = self.split(records, np.arange(len(records)), labels, array.array("Q"))
+
+    def bad_line(self, path: str | os.PathLike, number: int, what: object) -> None:
+        """A bad line of a file that is no JSONL: the end, or passed over."""
+        if not self.skip_bad:
+            raise Problem(f"{path}:{number}: {what}")
+        self.bad += 1
+
+    # -- BigCloneBench: functions, and pairs of their idx
+
+    def read_clone(self) -> None:
+        functions: dict[str, int] = {}
+
+        def parse(line: bytes) -> tuple[str, str]:
+            record = parse_json(line)
+            return string_field(record, self.task.code, "code"), label_field(record, "idx")
+
+        def note(_line: bytes, parsed: tuple[str, str]) -> None:
+            if parsed[1] in functions:
+                raise BadLine(f"the idx {parsed[1]} is there already")
+            functions[parsed[1]] = len(functions)
+
+        if self.path.is_file():
+            raise self.expected(f"{self.path} is a file, not a folder")
+        source = self.open("data.jsonl")
+        records = self.records([source], parse, note)
+        texts = Texts((records, np.arange(len(records)), 0))
+        for split in self.wanted:
+            path = self.path / f"{split}.txt"
+            if not path.exists():
+                continue
+            pairs, labels = array.array("q"), array.array("q")
+            for number, line in numbered(self.open(path.name), self.limit):
+                fields = line.split()
+                unknown = [idx for idx in fields[:2] if idx not in functions]
+                if len(fields) != 3:
+                    self.bad_line(path, number, f"{len(fields)} fields, where idx1, idx2 and label are expected")
+                elif unknown:
+                    self.bad_line(path, number, f"no function in {source.name} has the idx {unknown[0][:80]}")
+                elif fields[2] not in self.task.labels:
+                    self.bad_line(path, number, f'the label "{fields[2][:80]}" is neither 0 nor 1')
+                else:
+                    pairs.extend(functions[idx] for idx in fields[:2])
+                    labels.append(int(fields[2]))
+            examples = np.array(pairs, np.int64).reshape(-1, 2)
+            self.splits[split] = Split(texts, examples, np.array(labels, np.int64), row=PairRow(records, examples),
+                                       bytes=records.bytes)
+
+    # -- StackOverflow questions and answers: CoIR's BEIR files, Kaggle's CSV
+
+    def read_beir(self) -> None:
+        def part(file: str, what: str) -> tuple[Records, dict[str, int]]:
+            names: dict[str, int] = {}
+
+            def parse(line: bytes) -> tuple[str, str]:
+                record = parse_json(line)
+                fields = [first_field(record, [name]) for name in ("title", "text")]
+                if fields == [None, None]:
+                    raise missing(record, ["text"])
+                string = "\n".join(field for field in fields if field and field.strip())
+                if not string:
+                    raise BadLine(f"the {what} is empty")
+                return string, label_field(record, "_id")
+
+            def note(_line: bytes, parsed: tuple[str, str]) -> None:
+                names.setdefault(parsed[1], len(names))
+
+            return self.records([self.open(file)], parse, note), names
+
+        (queries, query_names), (documents, names) = part("queries.jsonl", "question"), part("corpus.jsonl", "answer")
+        texts = Texts((queries, np.arange(len(queries)), 0), (documents, np.arange(len(documents)), 0))
+        qrels = {split: next((p for p in (self.path / "qrels" / f"{alias}.tsv" for alias in aliases) if p.exists()), None)
+                 for split, aliases in (("train", ["train"]), ("valid", ["valid", "dev"]), ("test", ["test"]))}
+        pairs: dict[str, list[tuple[int, int]]] = {split: [] for split in SPLITS}
+        for split, path in qrels.items():
+            if path is None or not {split, "valid" if split == "train" else split} & set(self.wanted):
+                continue
+            for number, line in numbered(self.open(path.relative_to(self.path)), self.limit):
+                fields = line.rstrip("\n").split("\t")
+                if number == 1 and not fields[-1].strip().lstrip("-").isdigit():
+                    continue  # the header
+                if len(fields) != 3 or not fields[2].strip().lstrip("-").isdigit():
+                    self.bad_line(path, number, "not query-id, tab, corpus-id, tab, score")
+                elif fields[0] not in query_names:
+                    self.bad_line(path, number, f"no query in queries.jsonl has the _id {fields[0][:80]}")
+                elif fields[1] not in names:
+                    self.bad_line(path, number, f"no text in corpus.jsonl has the _id {fields[1][:80]}")
+                elif int(fields[2]) > 0:
+                    held_out = split == "train" and not qrels["valid"] and seeded_split(fields[0].encode()) == "valid"
+                    pairs["valid" if held_out else split].append((query_names[fields[0]], names[fields[1]]))
+        if not qrels["valid"]:
+            self.notes = "the validation split is a tenth of the training queries, by a hash"
+        for split in self.wanted:
+            if pairs[split]:
+                found = np.unique(pairs[split], axis=0)
+                examples = found + [0, len(queries)]
+                self.splits[split] = Split(
+                    texts, examples, gold=found[:, 1], query=np.unique(examples[:, 0], return_inverse=True)[1],
+                    candidates=len(queries) + np.arange(len(documents)), row=Row(queries, examples[:, 0]),
+                    candidate=Row(documents, np.arange(len(documents))), bytes=queries.bytes + documents.bytes)
+
+    def spool_csv(self) -> dict[str, list[Source]]:
+        """Questions.csv and Answers.csv (latin-1, bodies in HTML) as JSONL: each question with its best answer."""
+        questions, answers = self.open("Questions.csv"), self.open("Answers.csv")
+        best: dict[str, tuple[int, int]] = {}  # question -> (-score, line) of its best answer, the first of equals
+        for line, (parent, score) in self.csv_rows(answers, "ParentId", "Score"):
+            if score.lstrip("-").isdigit():
+                best[parent] = min(best.get(parent, (math.inf, 0)), (-int(score), line))
+            else:
+                self.bad_line(answers.name, line, f'the score "{score[:80]}" is no number')
+        chosen = {line: parent for parent, (_, line) in best.items()}
+        places: dict[str, int] = {}
+        with tempfile.TemporaryFile() as bodies:
+            for line, (body,) in self.csv_rows(answers, "Body"):
+                if line in chosen:
+                    places[chosen[line]] = bodies.tell()
+                    bodies.write(json.dumps(plain(body)).encode() + b"\n")
+
+            def joined() -> Iterator[dict]:
+                for _, (identity, title, body) in self.csv_rows(questions, "Id", "Title", "Body"):
+                    if identity in places:
+                        bodies.seek(places[identity])
+                        yield {"question": f"{title}\n{plain(body)}", "answer": json.loads(bodies.readline()),
+                               "idx": identity}
+
+            path = spool_lines(row for row in joined() if row["answer"])
+        if not os.path.getsize(path):
+            raise Problem(f"{questions.name}: none of its questions has an answer in {answers.name}")
+        self.notes = "each question with its best-scored answer"
+        return {"all": [Source(questions.name, path, "")]}
+
+    def csv_rows(self, source: Source, *columns: str) -> Iterator[tuple[int, list[str]]]:
+        """(line number, those columns) of each row."""
+        csv.field_size_limit(1 << 27)
+        with open(source.path, encoding="latin-1", newline="") as file:
+            rows = csv.reader(progress(file, desc=f"reading {source.name}", unit=" lines"))
+            try:
+                header = next(rows, [])
+                for column in columns:
+                    if column not in header:
+                        raise BadLine(f"no column {column}; the columns are {listed(header, 12) or 'none'}")
+                for row in rows:
+                    if len(row) == len(header):
+                        yield rows.line_num, [row[header.index(column)] for column in columns]
+                    elif row:
+                        self.bad_line(source.name, rows.line_num, f"{len(row)} columns, where the header has {len(header)}")
+            except (csv.Error, BadLine) as error:
+                raise Problem(f"{source.name}:{rows.line_num}: {error}") from None
+
+
+class Row:
+    """example -> the JSON object of its line."""
+
+    def __init__(self, records: Records, rows: np.ndarray):
+        self.records, self.rows = records, rows
+
+    def __call__(self, example: int) -> dict:
+        return parse_json(self.records.line(self.rows[example]))
+
+
+class PairRow:
+    """example -> the idx of its two functions."""
+
+    def __init__(self, functions: Records, examples: np.ndarray):
+        self.functions, self.examples = functions, examples
+
+    def __call__(self, example: int) -> dict:
+        one, two = (self.functions[item][1] for item in self.examples[example])
+        return {"idx1": one, "idx2": two}
+
+
+def numbered(source: Source, limit: int | None = None) -> Iterator[tuple[int, str]]:
+    """(line number from 1, line) of a text file, without blank lines; the first `limit` of them."""
+    for count, (number, _offset, line) in enumerate(lines(source.path)):
+        if count == limit:
+            return
+        yield number, line.decode("utf-8-sig", "replace")
+
+
+def read_text(path: str | os.PathLike) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise Problem(f"{path}: not text in UTF-8") from None
+
+
+def spool_lines(rows: Iterable[dict]) -> str:
+    """A temporary JSONL file of the rows; returns its path."""
+    path = os.path.join(spool_folder(), f"{len(os.listdir(spool_folder()))}.jsonl")
+    with open(path, "w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
+def plain(html_text: str) -> str:
+    """The text of StackOverflow's HTML: tags out, entities resolved, code as it was."""
+    return html.unescape(re.sub(r"</?[A-Za-z][^<>]*>|<!--.*?-->", "", html_text, flags=re.DOTALL)).strip()
+
+
 # ---- corpora of source trees ------------------------------------------------------------------------
 
 LANGUAGES = {
@@ -708,18 +1506,47 @@ LARGEST_SOURCE = 1 << 20  # bytes; above it a file is generated or minified
 
 
 def source_files(paths: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """(path, path relative to the tree) of each source file, sorted, without hidden and installed folders."""
+    """(path, path in the tree or trees) of each source file, sorted, without hidden and installed folders."""
+    paths = list(paths)
     for root in paths:
         if os.path.isfile(root):
             yield root, os.path.basename(root)
             continue
+        above = os.path.dirname(os.path.realpath(root)) if len(paths) > 1 else root
         for folder, folders, files in os.walk(root):
             folders[:] = sorted(f for f in folders if f not in NOT_SOURCES and not f.startswith(".")
                                 and not os.path.exists(os.path.join(folder, f, "pyvenv.cfg")))
             for file in sorted(files):
                 path = os.path.join(folder, file)
                 if os.path.splitext(file)[1].lower() in LANGUAGES and os.path.isfile(path):
-                    yield path, os.path.relpath(path, root)
+                    yield path, os.path.relpath(path, above)
+
+
+def read_sources(paths: Iterable[str], languages: Iterable[str] = ()) -> Iterator[tuple[str, str, str]]:
+    """(source, language, path in the tree) of each source file under `paths`; says what was passed over.
+
+    Only of the given languages, where some are given. Raises `Problem` where there is nothing.
+    """
+    paths = list(paths)
+    for path in paths:
+        if not os.path.exists(path):
+            raise Problem(f"{path}: no such file or folder")
+    files = [(path, relative, LANGUAGES.get(os.path.splitext(path)[1].lower(), "unknown"))
+             for path, relative in source_files(paths)]
+    files = [file for file in files if not languages or file[2] in languages]
+    if not files:
+        known = " ".join(ending for ending, language in LANGUAGES.items() if not languages or language in languages)
+        raise Problem(f"{', '.join(paths)}: no source files; known are {known}")
+    skipped: Counter[str] = Counter()
+    for path, relative, language in progress(files, desc="reading sources", unit=" files"):
+        try:
+            source = read_source(path, language)
+        except (OSError, BadLine) as error:
+            skipped[getattr(error, "strerror", None) or str(error)] += 1
+            continue
+        yield source, language, well_formed(relative)
+    say(f"{len(files):,} source files"
+        + "".join(f"; {count:,} left out: {reason}" for reason, count in sorted(skipped.items())))
 
 
 def build_corpus(paths: Iterable[str], out: io.BufferedWriter) -> None:
@@ -728,37 +1555,26 @@ def build_corpus(paths: Iterable[str], out: io.BufferedWriter) -> None:
     A record has `code`, `docstring` where there is one (it is then not in the code), `language`, `path`
     and, for a function, `name` and `line`. Code seen before is dropped. What was passed over is said.
     """
-    for path in paths:
-        if not os.path.exists(path):
-            raise Problem(f"{path}: no such file or folder")
-    files = list(source_files(paths))
-    if not files:
-        raise Problem(f"{', '.join(paths)}: no source files; known are {' '.join(LANGUAGES)}")
     seen: set[bytes] = set()
     records = duplicates = 0
-    skipped: dict[str, int] = {}
-    for path, relative in progress(files, desc="reading sources", unit=" files"):
-        language = LANGUAGES.get(os.path.splitext(path)[1].lower(), "unknown")
-        try:
-            source = read_source(path, language)
-        except (OSError, BadLine) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            skipped[reason] = skipped.get(reason, 0) + 1
-            continue
+    for source, language, path in read_sources(paths):
         for record in cut_source(source, language):
             record = {name: well_formed(v) if isinstance(v, str) else v for name, v in record.items()}
-            digest = blake2b(record["code"].encode(), digest_size=16).digest()
-            if digest in seen:
+            if not add(seen, record["code"]):
                 duplicates += 1
                 continue
-            seen.add(digest)
-            line = json.dumps(record | {"language": language, "path": well_formed(relative)}, ensure_ascii=False)
+            line = json.dumps(record | {"language": language, "path": path}, ensure_ascii=False)
             out.write(line.encode() + b"\n")
             records += 1
-    left_out = "".join(f"; {count:,} files left out: {reason}" for reason, count in sorted(skipped.items()))
-    say(f"{records:,} records from {len(files):,} source files; {duplicates:,} exact duplicates dropped{left_out}")
+    say(f"{records:,} records; {duplicates:,} exact duplicates dropped")
     if not records:
         raise Problem(f"{', '.join(paths)}: the source files hold no code to take")
+
+
+def add(seen: set[bytes], string: str) -> bool:
+    """Whether a string is new; it no longer is."""
+    key = blake2b(string.encode(), digest_size=16).digest()
+    return key not in seen and not seen.add(key)
 
 
 def read_source(path: str, language: str) -> str:
@@ -787,32 +1603,38 @@ def cut_source(source: str, language: str) -> Iterator[dict]:
         yield {"code": source}
 
 
+def positions(source: str) -> tuple[list[str], list[int], Callable[[int, int], int]]:
+    """The lines of a source, where each starts, and the index in it of an ast position."""
+    rows = io.StringIO(source).readlines()
+    starts = np.cumsum([0, *map(len, rows)]).tolist()
+
+    def until(line: int, column: int) -> int:
+        """Of a line from 1 and a column in bytes of UTF-8."""
+        return starts[line - 1] + len(rows[line - 1].encode()[:column].decode())
+
+    return rows, starts, until
+
+
 def python_functions(source: str, tree: ast.Module) -> Iterator[dict]:
     """Each function and method, decorators included, with its docstring apart and its indent taken off.
 
     A function inside a function stays part of that one. A body that was only a docstring becomes `pass`.
     """
-    rows = io.StringIO(source).readlines()
-
-    def functions(body: list[ast.stmt]) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    def functions(body: list[ast.stmt], method: bool = False) -> Iterator[tuple[ast.stmt, bool]]:
         for node in body:
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                yield node
+                yield node, method
             else:
                 for field in ("body", "orelse", "finalbody", "handlers", "cases"):
-                    yield from functions(getattr(node, field, []))
+                    yield from functions(getattr(node, field, []), method or isinstance(node, ast.ClassDef))
 
-    def until(line: int, column: int) -> int:
-        """The index in `source` of an ast position: lines from 1, columns in bytes of UTF-8."""
-        return starts[line - 1] + len(rows[line - 1].encode()[:column].decode())
-
-    starts = np.cumsum([0, *map(len, rows)]).tolist()
-    for node in functions(tree.body):
+    rows, starts, until = positions(source)
+    for node, method in functions(tree.body):
         first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
         while node.decorator_list and not rows[first - 1].lstrip(" \t\f").startswith("@"):
             first -= 1  # a decorator in parentheses begins after its @
         begin, end = starts[first - 1], until(node.end_lineno, node.end_col_offset)
-        record = {"name": node.name, "line": first}
+        record = {"name": node.name, "line": first} | ({"method": True} if method else {})
         code, docstring = source[begin:end], ast.get_docstring(node)
         if docstring is not None:
             literal = node.body[0]
@@ -832,3 +1654,293 @@ def python_functions(source: str, tree: ast.Module) -> Iterator[dict]:
         if indent:
             code = re.sub(f"^{indent}", "", code, flags=re.MULTILINE)
         yield {"code": code} | record
+
+
+# ---- benchmarks of source trees ---------------------------------------------------------------------
+
+class Scope:
+    """A scope of Python: what it binds, and where it looks for what it does not (the reference's section 4.2)."""
+
+    def __init__(self, kind: str, parent: "Scope | None" = None, comprehension: bool = False):
+        self.kind, self.parent, self.comprehension = kind, parent, comprehension
+        self.bound: set[str] = set()
+        self.fixed: set[str] = set()      # bound by an import: the name of a module, which stays
+        self.outer: set[str] = set()      # declared nonlocal
+        self.globals: set[str] = set()
+
+    def binds(self, name: str) -> bool:
+        """Whether the name, used here, is a variable of the function (an attribute of a class is none)."""
+        scope = self
+        while scope:
+            if name in scope.globals:
+                return False
+            if name in scope.bound and name not in scope.outer and (scope is self or scope.kind != "class"):
+                return scope.kind == "function" and name not in scope.fixed
+            scope = scope.parent
+        return False
+
+
+def variables(function: ast.stmt, method: bool) -> Iterator[tuple[Scope, str, str, ast.AST]]:
+    """(scope, name, role, node) of each place in a function where a name may stand for a variable."""
+    found: list[tuple[Scope, str, str, ast.AST]] = []
+
+    def bind(scope: Scope, name: str, role: str, node: ast.AST) -> None:
+        scope.bound.add(name)
+        found.append((scope, name, role, node))
+
+    def visit(node: ast.AST | None, scope: Scope) -> None:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            inner, a = Scope("function", scope), node.args
+            for child in [*getattr(node, "decorator_list", []), *a.defaults, *a.kw_defaults, getattr(node, "returns", None)]:
+                visit(child, scope)
+            if not isinstance(node, ast.Lambda):
+                bind(scope, node.name, "func", node)
+            for arg in [*a.posonlyargs, *a.args, a.vararg, *a.kwonlyargs, a.kwarg]:
+                if arg:
+                    visit(arg.annotation, scope)
+                    bind(inner, arg.arg, "arg", arg)
+            for child in node.body if isinstance(node.body, list) else [node.body]:
+                visit(child, inner)
+        elif isinstance(node, ast.ClassDef):
+            for child in [*node.decorator_list, *node.bases, *node.keywords]:
+                visit(child, scope)
+            bind(scope, node.name, "var", node)
+            inner = Scope("class", scope)
+            for child in node.body:
+                visit(child, inner)
+        elif isinstance(node, (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)):
+            inner = Scope("function", scope, comprehension=True)
+            visit(node.generators[0].iter, scope)
+            for i, generator in enumerate(node.generators):
+                for child in [generator.target, *([generator.iter] if i else []), *generator.ifs]:
+                    visit(child, inner)
+            for field in ("elt", "key", "value"):
+                visit(getattr(node, field, None), inner)
+        elif isinstance(node, ast.NamedExpr):
+            outside = scope
+            while outside.comprehension:
+                outside = outside.parent
+            visit(node.target, outside)
+            visit(node.value, scope)
+        elif isinstance(node, ast.Name):
+            if isinstance(node.ctx, ast.Load):
+                found.append((scope, node.id, "var", node))
+            else:
+                bind(scope, node.id, "var", node)
+        elif isinstance(node, ast.Global):
+            scope.globals.update(node.names)
+        elif isinstance(node, ast.Nonlocal):
+            scope.outer.update(node.names)
+            found.extend((scope, name, "var", node) for name in node.names)
+        elif isinstance(node, ast.alias):
+            if node.asname:
+                bind(scope, node.asname, "var", node)
+            else:
+                scope.bound.add(node.name.split(".")[0])
+                scope.fixed.add(node.name.split(".")[0])
+        else:
+            name = getattr(node, "rest" if isinstance(node, ast.MatchMapping) else "name", None)
+            if name and isinstance(node, (ast.ExceptHandler, ast.MatchAs, ast.MatchStar, ast.MatchMapping)):
+                bind(scope, name, "var", node)
+            for child in ast.iter_child_nodes(node) if node else ():
+                visit(child, scope)
+
+    visit(function, Scope("class" if method else "function"))
+    return found
+
+
+NAME_OF = {ast.Name: "id", ast.arg: "arg", ast.alias: "asname", ast.MatchMapping: "rest", ast.Nonlocal: "names"}
+
+
+def obfuscate(code: str, method: bool = False) -> str | None:
+    """A function with the names that it binds replaced by func, arg0, ..., var0, ..., the layout kept.
+
+    These are its own, its parameters', locals' and nested functions', where they stand for variables; attributes,
+    callees' keywords, globals, strings, and modules imported under their own name stay. In a `method` its own
+    name, used as a variable, is a global's. None where the result would not parse to the same tree up to these names.
+    """
+    tree = ast.parse(code)
+    if any(getattr(node, "type_params", None) for node in ast.walk(tree)):
+        return None
+    _, _, until = positions(code)
+
+    def locate(node: ast.AST, name: str) -> int:
+        begin = until(node.lineno, node.col_offset)
+        if isinstance(node, (ast.Name, ast.arg)):
+            return begin
+        if isinstance(node, (ast.alias, ast.MatchAs, ast.MatchStar)):
+            return until(node.end_lineno, node.end_col_offset) - len(name)
+        if isinstance(node, ast.ExceptHandler):
+            begin = until(node.type.end_lineno, node.type.end_col_offset)
+            keyword = r"[\s)]*as\s+"
+        elif isinstance(node, ast.Nonlocal):
+            keyword = rf"nonlocal\b.*?\b(?={name}\b)"
+        elif isinstance(node, ast.MatchMapping):
+            keyword = rf".*\*\*\s*(?={name}\b)"
+        else:
+            keyword = r"(?:async\s+def|def|class)\s+"
+        found = re.compile(keyword, re.DOTALL).match(code, begin)
+        return found.end() if found else -1
+
+    own = tree.body[0]
+    places = list(variables(own, method))
+    bound = [place for place in places if place[3] is own or place[0].binds(place[1])]
+    taken = {name for scope, name, _, node in places if node is not own and not scope.binds(name)}
+    roles: dict[str, str] = {}
+    for _, name, role, node in sorted(bound, key=lambda place: (place[3].lineno, place[3].col_offset)):
+        roles[name] = role if roles.get(name, "var") == "var" else roles[name]
+    new: dict[str, str] = {}
+    for name, role in {own.name: "func", **roles}.items():
+        numbers = map(str, itertools.count()) if new else itertools.chain([""], itertools.count())
+        new[name] = next(fresh for number in numbers if (fresh := f"{role}{number}") not in taken
+                         and fresh not in new.values())
+    edits = set()
+    for _, name, _, node in bound:
+        start = locate(node, name)
+        if not code.startswith(name, start):
+            return None
+        edits.add((start, name))
+        field = NAME_OF.get(type(node), "name")
+        value = getattr(node, field)
+        setattr(node, field, [new.get(v, v) if v == name else v for v in value] if isinstance(value, list)
+                else new[name])
+    for start, name in sorted(edits, reverse=True):
+        code = code[:start] + new[name] + code[start + len(name):]
+    try:
+        return code if ast.dump(ast.parse(code)) == ast.dump(tree) else None
+    except (SyntaxError, ValueError):
+        return None
+
+
+def typed_tokens(source: str, always: bool = False) -> tuple[list[str], list[str | None]]:
+    """The tokens of Python source without its annotations, and for each token the type that it was annotated with.
+
+    The annotation of a parameter or a variable labels its name (of an attribute its last token), a return
+    annotation the name of the function. Comments and layout are left out; of a file without annotations everything,
+    unless `always`. Raises SyntaxError where it does not parse.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tree = ast.parse(source)
+    typed = [node for node in ast.walk(tree) if getattr(node, "annotation", None) or getattr(node, "returns", None)]
+    if not typed and not always:
+        return [], []
+    layout = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    tokens = [token for token in tokenize.generate_tokens(io.StringIO(source).readline)
+              if token.type not in layout and token.string]
+    rows = io.StringIO(source).readlines()
+    starts = [token.start for token in tokens]
+    labels: list[str | None] = [None] * len(tokens)
+    gone = np.zeros(len(tokens), bool)
+
+    def at(line: int, column: int) -> int:
+        """The number of the first token at or after an ast position."""
+        return bisect.bisect_left(starts, (line, len(rows[line - 1].encode()[:column].decode())))
+
+    def take(annotation: ast.expr, opening: str, labelled: int | None = None) -> None:
+        """Remove the tokens from the `opening` one to the annotation's last; it labels `labelled`, else the one before."""
+        first = at(annotation.lineno, annotation.col_offset)
+        last = at(annotation.end_lineno, annotation.end_col_offset)
+        while tokens[first].string != opening:  # parentheses around it
+            first -= 1
+        depth = sum((token.string == "(") - (token.string == ")") for token in tokens[first:last])
+        gone[first:last + depth] = True
+        labels[first - 1 if labelled is None else labelled] = ast.unparse(annotation)
+
+    for node in typed:
+        if isinstance(node, (ast.arg, ast.AnnAssign)):
+            take(node.annotation, ":")
+        else:
+            take(node.returns, "->", at(node.lineno, node.col_offset) + 1 + isinstance(node, ast.AsyncFunctionDef))
+    kept = np.flatnonzero(~gone)
+    return [well_formed(tokens[i].string) for i in kept], [labels[i] and well_formed(labels[i]) for i in kept]
+
+
+FIRST_FIELD = {"advtest": "docstring", "typeinf": "tokens"}
+
+
+def build_benchmark(task: str, paths: Iterable[str], folder: str) -> None:
+    """Make `advtest` or `typeinf` of the Python files under `paths`: {train,valid,test}.jsonl in `folder`.
+
+    advtest: the first paragraph of a docstring, and the function without it, chosen as CodeSearchNet does (at least
+    three words and three lines, no test, no special method); in valid and test the function is obfuscated.
+    typeinf: the tokens of a file and the types of some, from its annotations; and vocab_50000.txt of the training
+    split's types. Files are split 80/10/10 by a hash of their path, text seen before is dropped. Raises `Problem`.
+    """
+    start = json.dumps({FIRST_FIELD[task]: 0})[:-2].encode()
+    files = [f"{split}.jsonl" for split in SPLITS] + (["vocab_50000.txt"] if task == "typeinf" else [])
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        raise Problem(f"{folder} is a file: give -o the name of a folder")
+    for file in map(Path(folder).joinpath, files):
+        if file.exists() and not (file.is_file() and starts_with(str(file), UNK.encode() if file.suffix == ".txt" else start)):
+            raise Problem(f"{file} exists and is no file that this command wrote: give another -o")
+    paths = list(paths)
+    seen: set[bytes] = set()
+    found: list[tuple[str, int, int]] = []  # path of the source, and where its records are in the spool
+    with tempfile.TemporaryFile() as spooled:
+        for source, _language, path in read_sources(paths, ["python"]):
+            begin = spooled.tell()
+            for record in benchmark_records(task, source, path):
+                if add(seen, record["code"] if task == "advtest" else "\0".join(record["tokens"])):
+                    spooled.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+            if spooled.tell() > begin:
+                found.append((path, begin, spooled.tell()))
+        if len(found) < 3:
+            raise Problem(f"{', '.join(paths)}: only {len(found)} files with something to learn "
+                          f"({'functions with docstrings' if task == 'advtest' else 'annotations'}): "
+                          "three splits need more")
+        found.sort(key=lambda file: blake2b(file[0].encode(), digest_size=8, person=b"split").digest())
+        tenth = max(1, len(found) // 10)
+        parts = {"test": found[:tenth], "valid": found[tenth:2 * tenth], "train": found[2 * tenth:]}
+        os.makedirs(folder, exist_ok=True)
+        types: Counter[str] = Counter()
+        for split in SPLITS:
+            written = dropped = 0
+            with atomic(os.path.join(folder, f"{split}.jsonl")) as out:
+                for _path, begin, end in progress(parts[split], desc=f"writing {split}", unit=" files"):
+                    spooled.seek(begin)
+                    for line in spooled.read(end - begin).splitlines():
+                        record = json.loads(line)
+                        if task == "advtest":
+                            method = record.pop("method")
+                            if split != "train":
+                                record["code"] = obfuscate(record["code"], method)
+                            if not record["code"] or split != "train" and not add(seen, record["code"]):
+                                dropped += 1
+                                continue
+                            record["idx"] = written
+                        elif split == "train":
+                            types.update(label for label in record["labels"] if label is not None)
+                        out.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+                        written += 1
+            say(f"{split}: {written:,} {'functions' if task == 'advtest' else 'files'} of {len(parts[split]):,} source "
+                "files" + (f"; {dropped:,} left out, the same as another or not to be obfuscated" if dropped else ""))
+        if task == "typeinf":
+            names = [UNK, "Any"] + [name for name, _ in types.most_common() if name not in (UNK, "Any")]
+            with atomic(os.path.join(folder, "vocab_50000.txt")) as out:
+                out.write("".join(f"{name}\n" for name in names[:50_000]).encode())
+            say(f"{len(types):,} types, {types.total():,} labels in train")
+
+
+def benchmark_records(task: str, source: str, path: str) -> Iterator[dict]:
+    """What one Python file gives to a benchmark; nothing if it does not parse."""
+    try:
+        if task == "typeinf":
+            tokens, labels = typed_tokens(source)
+            if any(labels):
+                yield {"tokens": tokens, "labels": labels, "path": path}
+            return
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            functions = list(python_functions(source, ast.parse(source)))
+        for function in functions:
+            name, code = function["name"], function["code"]
+            text = " ".join(re.split(r"\n\s*\n", function.get("docstring", ""))[0].split())
+            special = name.startswith("__") and name.endswith("__")
+            if len(text.split()) < 3 or len(code.strip().splitlines()) < 3 or special or "test" in name.lower():
+                continue
+            ast.parse(code)  # a string over several lines may have lost its indent, and more
+            yield {"docstring": well_formed(text), "code": well_formed(code), "url": f"{path}#L{function['line']}",
+                   "method": function.get("method", False)}
+    except (SyntaxError, ValueError, RecursionError, MemoryError, tokenize.TokenError, IndexError):
+        return

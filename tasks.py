@@ -1,33 +1,40 @@
 """Objectives, the one loop that trains them, and the files that a run writes.
 
 An objective is a module that holds an encoder and its own head, and brings
-    prepare(batch)     the tensors of a `data.Batch`, rows first, and what it counts
-    sums(**tensors)    a tensor whose first element is the summed loss, to be divided by the count
-    evaluate(batches)  its metrics, a dict;  score(metrics)  a number that is higher when better
+    prepare(batch)           the tensors of a `data.Batch`, rows first, and what it counts
+    sums(**tensors)          (summed loss, correct, counted), the loss to be divided by the count
+    outputs(batches, split)  what the model says of each example of a `data.Split`, its items coming in batches
+    metrics(outputs, split)  a dict;  score(metrics)  a number that is higher when better
+and, if it is fine-tuned,
+    results(batches, split)  for `predict`, a dict an example
+    lines(outputs, split)    for a file of predictions
 Any encoder will do that has `config` (a dict with `d` and `vocab`), `embedding`, and maps ids (B, L)
 and lengths (B,) to hidden states (B, L, d).
 """
 import errno
 import fcntl
+import itertools
 import json
 import math
 import os
 import signal
 import time
 import zipfile
-from contextlib import closing
-from typing import Callable, Iterable
+from contextlib import closing, contextmanager
+from functools import partial
+from typing import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy, gelu, linear
+from torch.nn.functional import cross_entropy, gelu, linear, normalize
+from torch.utils.checkpoint import checkpoint as checkpointed
 
 import data
-from data import Batch, Batches, Problem, Tokenizer, progress, say
+from data import IGNORE, TASKS, Batch, Batches, Problem, Split, Tokenizer, progress, say
 
 FORMAT = "codessm 1"
-IGNORE = -100  # a target that is not predicted
+
 WEIGHT_DECAY = 0.01
 SAVE_SECONDS = 300
 LOG_STEPS = 50
@@ -42,7 +49,7 @@ class MLM(nn.Module):
     ordinary token, 10 % as they are. The choice is a hash of (seed, epoch, record, position).
     The head is dense, gelu, LayerNorm, then the tied embedding and a bias, at the chosen positions only.
     """
-    name = "mlm"
+    name, coupled = "mlm", False
 
     def __init__(self, encoder: nn.Module, tokenizer: Tokenizer, seed: int = 0):
         super().__init__()
@@ -69,7 +76,7 @@ class MLM(nn.Module):
         ids = batch.ids.copy()
         ids[row, column] = np.where(kind < 0.8, self.tokenizer.mask, np.where(kind < 0.9, random, read))
         tensors = dict(ids=ids, lengths=batch.lengths, targets=targets)
-        return {name: torch.from_numpy(array) for name, array in tensors.items()}, len(row)
+        return to_tensors(**tensors), len(row)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Vocabulary logits (..., vocab) of hidden states (..., d), in their dtype."""
@@ -85,15 +92,16 @@ class MLM(nn.Module):
         correct = (logits.detach().argmax(-1) == targets).sum()
         return torch.stack([loss, correct.float(), torch.full_like(loss, len(targets))])
 
-    def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """Loss in nats a predicted token, accuracy, perplexity = exp(loss), over all the batches.
-
-        To be called in evaluation mode and without gradients.
-        """
+    def outputs(self, batches: Iterable[Batch], _split: Split | None = None) -> torch.Tensor:
+        """`sums` over all the batches, float64 (3,)."""
         total = torch.zeros(3, dtype=torch.float64)
         for batch in batches:
             total += compute(self, self.prepare(batch)[0]).cpu().double()
-        loss, correct, count = total.tolist()
+        return total
+
+    def metrics(self, outputs: torch.Tensor, _split: Split | None = None) -> dict[str, float]:
+        """Loss in nats a predicted token, accuracy, perplexity = exp(loss)."""
+        loss, correct, count = outputs.tolist()
         return {"loss": loss / count, "accuracy": correct / count, "perplexity": math.exp(min(loss / count, 700))}
 
     @staticmethod
@@ -102,17 +110,378 @@ class MLM(nn.Module):
         return -metrics["loss"]
 
 
+def to_tensors(**arrays: np.ndarray | None) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(array) for name, array in arrays.items() if array is not None}
+
+
+# ---- fine-tuned tasks -------------------------------------------------------------------------------
+
+def pool(encoder: nn.Module, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """The mean of the hidden states of each row's real tokens, (B, d) float32; 0 of a row that has none."""
+    hidden = encoder(ids, lengths).float()
+    real = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
+    return torch.where(real[..., None], hidden, 0).sum(1) / lengths.clamp(min=1)[:, None]
+
+
+def embed(task: nn.Module, batches: Iterable[Batch], split: Split) -> torch.Tensor:
+    """`pool` of each distinct item of a split, in their order: (items, d) float32 on the CPU."""
+    table = torch.empty(len(split.distinct), task.encoder.config["d"])
+    for batch in batches:
+        real = batch.lengths > 0
+        rows = compute(task, to_tensors(ids=batch.ids, lengths=batch.lengths), partial(pool, task.encoder))
+        table[np.searchsorted(split.distinct, batch.records[real])] = rows[torch.from_numpy(real)].cpu()
+    return table
+
+
+def head(wide: int, d: int, classes: int) -> nn.Sequential:
+    """dense, tanh, linear; N(0, 0.64 / sqrt(d)) as the encoder's maps."""
+    layers = nn.Linear(wide, d), nn.Tanh(), nn.Linear(d, classes)
+    for layer in layers[::2]:
+        nn.init.normal_(layer.weight, std=0.64 / math.sqrt(d))
+        nn.init.zeros_(layer.bias)
+    return nn.Sequential(*layers)
+
+
+class Classification(nn.Module):
+    """A label for a function, or for a pair of them.
+
+    logits = head(x), x being the mean-pooled code (d), or of a pair [a + b, |a - b|, a * b] (3d), which is the
+    same for (b, a). Args: `labels` are the names of the classes; of a pair's two, the second is "alike".
+    """
+    coupled = False
+
+    def __init__(self, encoder: nn.Module, tokenizer: Tokenizer, name: str, labels: list[str], ctx: int):
+        super().__init__()
+        self.encoder, self.tokenizer, self.name, self.labels, self.ctx = encoder, tokenizer, name, labels, ctx
+        self.pairs = TASKS[name].kind == "pair"
+        d = encoder.config["d"]
+        self.head = head(3 * d if self.pairs else d, d, len(labels))
+
+    def prepare(self, batch: Batch) -> tuple[dict[str, torch.Tensor], int]:
+        ids2, lengths2 = batch.second or (None, None)
+        tensors = to_tensors(ids=batch.ids, lengths=batch.lengths, labels=batch.labels, ids2=ids2, lengths2=lengths2)
+        return tensors, int((batch.lengths > 0).sum())
+
+    def logits(self, a: torch.Tensor, b: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, classes) of pooled functions (B, d)."""
+        return self.head(a if b is None else torch.cat([a + b, (a - b).abs(), a * b], -1))
+
+    def sums(self, ids, lengths, labels, ids2=None, lengths2=None) -> torch.Tensor:
+        """(summed cross-entropy in nats, correct, examples), float32 (3,), of ids (B, L) and labels (B,)."""
+        sides = [pool(self.encoder, ids, lengths)]
+        if self.pairs:
+            sides.append(pool(self.encoder, ids2, lengths2))
+        return classify(self.logits(*sides), labels)
+
+    def outputs(self, batches: Iterable[Batch], split: Split) -> np.ndarray:
+        """Probabilities (n, classes), float32, of the examples; each distinct function is encoded once."""
+        table, device = embed(self, batches, split), next(self.parameters()).device
+        rows = torch.from_numpy(np.searchsorted(split.distinct, split.examples))
+        found = []
+        for part in rows.split(4096):
+            with torch.autocast(device.type, enabled=False):
+                found.append(self.logits(*(table[side].to(device) for side in part.T)).softmax(-1).cpu())
+        return torch.cat(found).numpy()
+
+    def metrics(self, outputs: np.ndarray, split: Split) -> dict[str, float]:
+        """Accuracy; macro and weighted averages; of two classes also F1, precision and recall of the second."""
+        gold, predicted = split.labels, outputs.argmax(1)
+        metrics = {"accuracy": float((gold == predicted).mean())}
+        for average in ("macro", "weighted", *(["binary"] if len(self.labels) == 2 else [])):
+            prefix = "" if average == "binary" else f"{average}_"
+            for name, value in zip(("precision", "recall", "f1"), precision_recall_f1(gold, predicted, average)):
+                metrics[prefix + name] = value
+        return metrics
+
+    def score(self, metrics: dict[str, float]) -> float:
+        return metrics[TASKS[self.name].metric]
+
+    def results(self, batches: Iterable[Batch], split: Split) -> Iterator[dict]:
+        """The label and the probability of each, or the score of a pair, which is that of label 1."""
+        numbers = all(label.isdigit() for label in self.labels)
+        for row in self.outputs(batches, split).tolist():
+            label = self.labels[int(np.argmax(row))]
+            found = {"prediction": int(label) if numbers else label}
+            yield found | ({"score": row[1]} if self.pairs else {"probabilities": dict(zip(self.labels, row))})
+
+    def lines(self, outputs: np.ndarray, split: Split) -> Iterator[str]:
+        """idx, tab, label; of a pair idx1, tab, idx2, tab, label: as CodeXGLUE's evaluators read them."""
+        for example, best in enumerate(outputs.argmax(1)):
+            row = split.row(example)
+            names = [row["idx1"], row["idx2"]] if "idx1" in row else [row.get("idx", example)]
+            yield "\t".join([*map(str, names), self.labels[best]])
+
+
+def classify(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """(summed cross-entropy, correct, counted) of logits (n, classes) and targets (n,), some of them IGNORE."""
+    logits = logits.float()
+    loss = cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORE)
+    return torch.stack([loss, (logits.detach().argmax(-1) == targets).sum().float(), (targets != IGNORE).sum().float()])
+
+
+class Retrieval(nn.Module):
+    """Code for a text: a bi-encoder with in-batch negatives and a learned temperature.
+
+        q, c = pool(text), pool(code), normalised     logits = q c^T exp(s)     s starts at log(1 / 0.07), at most log 100
+
+    The cross-entropy is that of each text over the codes of the batch, as in InfoNCE (van den Oord et al. 2018); a
+    code that is the same item as a text's own is no negative. As the rows of a batch depend on each other,
+    --accumulate cuts only the encoding into pieces and encodes each again for its gradients.
+    """
+    coupled, pieces = True, 1
+
+    def __init__(self, encoder: nn.Module, tokenizer: Tokenizer, name: str, labels: list[str], ctx: int):
+        super().__init__()
+        self.encoder, self.tokenizer, self.name, self.labels, self.ctx = encoder, tokenizer, name, labels, ctx
+        self.scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    prepare = Classification.prepare
+    score = Classification.score
+
+    def embed(self, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """Normalised (B, d)."""
+        if self.pieces == 1:
+            return normalize(pool(self.encoder, ids, lengths), dim=-1)
+        pieces = zip(ids.chunk(self.pieces), lengths.chunk(self.pieces))
+        return normalize(torch.cat([checkpointed(pool, self.encoder, *piece, use_reentrant=False)
+                                    for piece in pieces]), dim=-1)
+
+    def sums(self, ids, lengths, labels, ids2, lengths2) -> torch.Tensor:
+        """(summed cross-entropy in nats, texts whose own code comes first, texts), float32 (3,)."""
+        q, c = self.embed(ids, lengths), self.embed(ids2, lengths2)
+        with torch.autocast(q.device.type, enabled=False):
+            logits = q @ c.T * self.scale.clamp(max=math.log(100)).exp()
+        own = torch.eye(len(q), dtype=torch.bool, device=q.device)
+        empty = labels == IGNORE
+        logits = logits.masked_fill(((labels[:, None] == labels) & ~own) | empty & ~own, -math.inf)
+        return classify(logits, torch.where(empty, IGNORE, torch.arange(len(q), device=q.device)))
+
+    def outputs(self, batches: Iterable[Batch], split: Split) -> tuple[np.ndarray, np.ndarray]:
+        """The rank from 1 of each query's first right candidate, and its best 100: (Q,) and (Q, 100) positions."""
+        table = normalize(embed(self, batches, split), dim=-1).to(next(self.parameters()).device)
+        _, first = np.unique(split.query, return_index=True)
+        queries = table[np.searchsorted(split.distinct, split.examples[first, 0])]
+        candidates = table[np.searchsorted(split.distinct, split.candidates)]
+        return rank(queries, candidates, split.query, split.gold)
+
+    def metrics(self, outputs: tuple[np.ndarray, np.ndarray], _split: Split) -> dict[str, float]:
+        """MRR = mean of 1 / rank; recall@k = share of queries with rank <= k."""
+        ranks = outputs[0]
+        return {"mrr": float((1 / ranks).mean())} | {f"recall@{k}": float((ranks <= k).mean()) for k in (1, 5, 10)}
+
+    def results(self, batches: Iterable[Batch], split: Split) -> Iterator[dict]:
+        """The cosine of each text and code."""
+        table = normalize(embed(self, batches, split), dim=-1)
+        text, code = table[np.searchsorted(split.distinct, split.examples.T)]
+        for score in (text * code).sum(-1).tolist():
+            yield {"score": score}
+
+    def lines(self, outputs: tuple[np.ndarray, np.ndarray], split: Split) -> Iterator[str]:
+        """{"url", "answers"}: the idx of the best 100 candidates, as CodeXGLUE's evaluator reads them."""
+        _, first = np.unique(split.query, return_index=True)
+        names: dict[int, object] = {}
+        for example, answers in zip(first, outputs[1].tolist()):
+            for i in answers:
+                if i not in names:
+                    names[i] = identity(split.candidate(i), i, "idx", "_id")
+            yield json.dumps({"url": identity(split.row(example), int(example), "url", "idx", "_id"),
+                              "answers": [names[i] for i in answers]})
+
+
+def identity(row: dict, number: int, *names: str) -> object:
+    """What a row calls itself: the first of the named fields, else its number."""
+    return next((row[name] for name in names if name in row), number)
+
+
+TIE = 1e-6  # cosines that differ by less are equal: they are sums of float32
+
+
+def rank(queries: torch.Tensor, candidates: torch.Tensor, query: np.ndarray, gold: np.ndarray,
+         best: int = 100) -> tuple[np.ndarray, np.ndarray]:
+    """The rank, from 1, of each query's best gold candidate, ties counting against it, and the best candidates.
+
+    Args:
+        queries (Q, d), candidates (C, d): float32.
+        query, gold: (n,) int64, n >= Q: candidate `gold[i]` is right for query `query[i]`.
+    Returns int64 (Q,) and (Q, min(best, C)). rank = 1 + #{wrong candidates: score > its score - 1e-6}; a chunk of
+    queries at a time, so that at most 2^24 scores are held.
+    """
+    ranks, top = [], []
+    order = np.argsort(query, kind="stable")
+    query, gold = query[order], gold[order]
+    chunk = max(1, 2 ** 24 // len(candidates))
+    for start in progress(range(0, len(queries), chunk), desc="ranking", leave=False):
+        scores = queries[start:start + chunk] @ candidates.T
+        own = slice(*np.searchsorted(query, [start, start + len(scores)]))
+        row = torch.from_numpy(query[own] - start).to(scores.device)
+        right = scores[row, torch.from_numpy(gold[own]).to(scores.device)]
+        least = torch.full_like(scores[:, 0], -math.inf).scatter_reduce_(0, row, right, "amax") - TIE
+        ahead = (scores > least[:, None]).sum(1).index_add_(0, row, (right > least[row]).long(), alpha=-1)
+        ranks.append(ahead.cpu() + 1)
+        top.append(scores.topk(min(best, len(candidates)), sorted=True).indices.cpu())
+    return torch.cat(ranks).numpy(), torch.cat(top).numpy()
+
+
+class Tagging(nn.Module):
+    """A label for some of a file's words: a linear map of the hidden state at each word's first sub-token.
+
+    Logits are computed at labelled words only. Label 0 is UNK: where it is predicted, that is always wrong.
+    """
+    coupled = False
+
+    def __init__(self, encoder: nn.Module, tokenizer: Tokenizer, name: str, labels: list[str], ctx: int):
+        super().__init__()
+        self.encoder, self.tokenizer, self.name, self.labels, self.ctx = encoder, tokenizer, name, labels, ctx
+        d = encoder.config["d"]
+        self.head = nn.Linear(d, len(labels))
+        nn.init.normal_(self.head.weight, std=0.64 / math.sqrt(d))
+        nn.init.zeros_(self.head.bias)
+
+    score = Classification.score
+
+    def prepare(self, batch: Batch) -> tuple[dict[str, torch.Tensor], int]:
+        """Targets (B, L) beside the ids, IGNORE where no label is asked for."""
+        targets = batch.second[0].astype(np.int64)
+        targets[np.arange(targets.shape[1]) >= batch.lengths[:, None]] = IGNORE
+        return to_tensors(ids=batch.ids, lengths=batch.lengths, targets=targets), int((targets != IGNORE).sum())
+
+    def logits(self, ids: torch.Tensor, lengths: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """(labelled words, labels)."""
+        return self.head(self.encoder(ids, lengths)[targets != IGNORE])
+
+    def sums(self, ids, lengths, targets) -> torch.Tensor:
+        """(summed cross-entropy in nats, correct, labelled words), float32 (3,)."""
+        return classify(self.logits(ids, lengths, targets), targets[targets != IGNORE])
+
+    def outputs(self, batches: Iterable[Batch], split: Split) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(gold, predicted) label numbers of the labelled words of each window, in the order of the files."""
+        windows: list = [None] * len(split)
+        for batch in batches:
+            tensors, _ = self.prepare(batch)
+            predicted = compute(self, tensors, self.predict).cpu().numpy()
+            gold = tensors["targets"].numpy()
+            ends = np.cumsum((gold != IGNORE).sum(1))[:-1]
+            for window, *found in zip(batch.records, np.split(gold[gold != IGNORE], ends), np.split(predicted, ends)):
+                if len(found[0]):
+                    windows[window] = tuple(found)
+        return windows
+
+    def predict(self, ids, lengths, targets) -> torch.Tensor:
+        return self.logits(ids, lengths, targets).argmax(-1)
+
+    def metrics(self, outputs: list[tuple[np.ndarray, np.ndarray]], _split: Split) -> dict[str, float]:
+        """Accuracy (= micro F1), weighted F1 and F1 as published, and of typeinf the same for the top 100 types.
+
+        A gold UNK stays in the denominator. Top-100 words are those whose gold label is in rows 2 to 101 of
+        the vocabulary (0 is UNK, 1 is any).
+        """
+        found = {}
+        for prefix, top in (("", False), *([("top100_", True)] if self.name == "typeinf" else [])):
+            windows = [(gold[keep], np.where(predicted[keep] == 0, -1, predicted[keep])) for gold, predicted in outputs
+                       for keep in [(gold > 1) & (gold < 102) if top else gold >= 0]]
+            gold, predicted = (np.concatenate(side) for side in zip(*windows))
+            if top and not len(gold):
+                continue
+            found[prefix + "accuracy"] = float((gold == predicted).mean())
+            found[prefix + "weighted_f1"] = precision_recall_f1(gold, predicted, "weighted")[2]
+            names = [*self.labels, "\0\0"]  # the last, -1, is equal to no type
+            found[prefix + "f1_published"] = f1_published(*([[names[i] for i in side] for side in sides]
+                                                            for sides in zip(*windows)))
+        return found
+
+    def results(self, batches: Iterable[Batch], split: Split) -> Iterator[dict]:
+        """The tags of a file's words; its windows follow each other."""
+        outputs = self.outputs(batches, split)
+        for _, windows in itertools.groupby(zip(split.items.spans[:, 0], outputs), key=lambda window: window[0]):
+            yield {"predictions": [self.labels[i] for _, (_, predicted) in windows for i in predicted]}
+
+    def lines(self, outputs: list[tuple[np.ndarray, np.ndarray]], _split: Split) -> Iterator[str]:
+        """The number of the labelled word, tab, its type: as CodeXGLUE's evaluator reads them."""
+        for number, label in enumerate(itertools.chain(*(predicted for _, predicted in outputs))):
+            yield f"{number}\t{self.labels[label]}"
+
+
+def precision_recall_f1(gold: np.ndarray, predicted: np.ndarray, average: str) -> tuple[float, float, float]:
+    """Precision, recall and F1 of integer classes, 0 where a denominator is 0.
+
+    Of a class: precision = TP / (TP + FP), recall = TP / (TP + FN), F1 = 2 TP / (2 TP + FP + FN). "macro" is the mean
+    over the classes that occur in gold or predicted, "weighted" the mean weighted by how often each is gold, and
+    "binary" is that of class 1.
+    """
+    classes, numbers = np.unique(np.concatenate([gold, predicted]), return_inverse=True)
+    gold, predicted = numbers[:len(gold)], numbers[len(gold):]
+    n = len(classes)
+    hits, are, said = (np.bincount(x, minlength=n).astype(float) for x in (gold[gold == predicted], gold, predicted))
+    scores = np.array([hits / np.maximum(said, 1), hits / np.maximum(are, 1), 2 * hits / (are + said)])
+    if average == "binary":
+        return tuple(map(float, scores[:, classes == 1].sum(1)))
+    weights = are if average == "weighted" else np.ones(n)
+    return tuple(map(float, scores @ weights / weights.sum()))
+
+
+def f1_published(gold: list[list[str]], predicted: list[list[str]]) -> float:
+    """The F1 that type inference is published with: seqeval's, micro-averaged, on labels that have no B- or I- prefix.
+
+    seqeval takes the first letter of a label for its tag and the rest (after a hyphen, if there is one) for its
+    type. So a type that begins with O is none, a run of equal types is one entity, and an entity is right if its
+    type, start and end are; F1 = 2 TP / (gold entities + predicted entities). Each list is one window.
+    """
+    hits = total = 0
+    for sequences in zip(gold, predicted):
+        found = [entities(sequence) for sequence in sequences]
+        hits += len(found[0] & found[1])
+        total += len(found[0]) + len(found[1])
+    return 2 * hits / total if total else 0.0
+
+
+def entities(labels: list[str]) -> set[tuple[str, int, int]]:
+    """(type, first, last) of the chunks of one window, by conlleval's rules as seqeval has them."""
+    found, begin, before, kind_before = set(), 0, "O", ""
+    for i, label in enumerate([*labels, "O"]):
+        tag, kind = label[:1], label[1:].split("-", 1)[-1] or "_"
+        ends = before in ("E", "S") or (before in ("B", "I") and tag in ("B", "S", "O"))
+        starts = tag in ("B", "S") or (tag in ("E", "I") and before in ("E", "S", "O"))
+        if ends or (before not in ("O", ".") and kind != kind_before):
+            found.add((kind_before, begin, i - 1))
+        if starts or (tag not in ("O", ".") and kind != kind_before):
+            begin = i
+        before, kind_before = tag, kind
+    return found
+
+
+OBJECTIVES = {"retrieval": Retrieval, "classify": Classification, "pair": Classification, "tag": Tagging}
+
+
+def build(content: dict, encoder: nn.Module, tokenizer: Tokenizer) -> nn.Module:
+    """The objective that a checkpoint's content names, around an encoder."""
+    if content["task"] == "mlm":
+        return MLM(encoder, tokenizer)
+    return OBJECTIVES[TASKS[content["task"]].kind](encoder, tokenizer, content["task"], content["labels"], content["ctx"])
+
+
+def evaluate(task: nn.Module, batches: Batches, split: Split | None = None, workers: int = 0,
+             watch: Callable[[Iterable], Iterable] = iter) -> tuple[dict[str, float], object]:
+    """(metrics, outputs) of the task on a split whose items come in `batches`; `watch` may raise to stop it."""
+    task.eval()
+    workers = workers if len(batches) > batches.POOL else 0  # not worth starting them
+    with torch.no_grad(), closing(batches.stream(stop=len(batches), workers=workers)) as stream:
+        outputs = task.outputs(progress(watch(stream), total=len(batches), desc="evaluating", leave=False), split)
+    return task.metrics(outputs, split), outputs
+
+
+# ---- devices ----------------------------------------------------------------------------------------
+
 def bf16(device: torch.device) -> bool:
     """Whether matrix products run in bfloat16 there."""
     return device.type == "cuda" and torch.cuda.is_bf16_supported()
 
 
-def compute(task: nn.Module, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-    """`task.sums` on the task's device, under bf16 autocast on GPUs that have bf16."""
+def compute(task: nn.Module, tensors: dict[str, torch.Tensor], function: Callable | None = None) -> torch.Tensor:
+    """`task.sums` (or another function) on the task's device, under bf16 autocast on GPUs that have bf16."""
     device = next(task.parameters()).device
     tensors = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16(device)):
-        return task.sums(**tensors)
+        return (function or task.sums)(**tensors)
 
 
 # ---- files ------------------------------------------------------------------------------------------
@@ -120,11 +489,12 @@ def compute(task: nn.Module, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
 def checkpoint(task: nn.Module, weights: dict[str, torch.Tensor] | None = None) -> dict:
     """What `save` writes: plain tensors, numbers and strings."""
     return {"format": FORMAT, "task": task.name, "config": task.encoder.config,
-            "tokenizer": task.tokenizer.text, "weights": weights or task.state_dict()}
+            "tokenizer": task.tokenizer.text, "weights": weights or task.state_dict(),
+            **({} if task.name == "mlm" else {"labels": task.labels, "ctx": task.ctx})}
 
 
 def save(path: str | os.PathLike, task: nn.Module) -> None:
-    """Write a checkpoint (configuration, weights, tokenizer) that `codessm.load` reads, atomically."""
+    """Write a checkpoint (configuration, weights, tokenizer, the task and its labels) that `codessm.load` reads, atomically."""
     write(path, checkpoint(task))
 
 
@@ -290,6 +660,11 @@ def cosine(share: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * share))
 
 
+def linearly(share: float) -> float:
+    """The same, in a straight line to 0."""
+    return 1 - share
+
+
 def warmup(steps: int) -> int:
     return min(300, steps // 10)
 
@@ -302,15 +677,15 @@ def learning_rate(step: int, steps: int, peak: float, decay: Callable[[float], f
     return peak * decay((step - rising) / (steps - rising))
 
 
-def train(task: nn.Module, batches: Batches, held_out: list[Batch], output: Output, state: dict | None, *,
-          settings: dict, steps: int, lr: float, decay: Callable[[float], float] = cosine, accumulate: int = 1,
-          eval_every: int, workers: int = 1) -> dict[str, float]:
+def train(task: nn.Module, batches: Batches, held_out: Batches, output: Output, state: dict | None, *,
+          split: Split | None = None, settings: dict, steps: int, lr: float, decay: Callable[[float], float] = cosine,
+          accumulate: int = 1, eval_every: int, workers: int = 1) -> dict[str, float]:
     """Train `task` on its device and write `output`; returns the best evaluation's metrics, `task` having its weights.
 
     Args:
         settings: what a resumed run must share; stored in the state.
         steps, lr, decay: optimizer steps in all, the peak learning rate, and its course after warm-up.
-        held_out: evaluated before the first step, every `eval_every` steps and at the end; the weights
+        held_out, split: evaluated before the first step, every `eval_every` steps and at the end; the weights
             with the best score are the ones that are kept.
         state: from `output.resume(settings)`: training goes on where that was saved.
         accumulate: cut each batch into so many pieces, to save memory; the gradients are the same sums.
@@ -349,6 +724,15 @@ def train(task: nn.Module, batches: Batches, held_out: list[Batch], output: Outp
             content["random_cuda"] = torch.cuda.get_rng_state(device)
         write(output.state_path, content)
 
+    @contextmanager
+    def saving_state() -> Iterator[None]:
+        """Around reading: a file that changed ends the run, not what it has learned."""
+        try:
+            yield
+        except Problem:
+            save_state()
+            raise
+
     saved, saving, started, tokens_before = time.monotonic(), 0.0, time.monotonic(), tokens
     shown = 0.0
     with (closing(batches.stream(step, steps, workers)) as stream, Signals() as signals,
@@ -356,11 +740,9 @@ def train(task: nn.Module, batches: Batches, held_out: list[Batch], output: Outp
         try:
             while True:
                 if (step % eval_every == 0 or step == steps) and evaluated < step:
-                    task.eval()
                     paused = time.monotonic()
-                    with torch.no_grad():
-                        metrics = task.evaluate(progress(signals.watch(held_out), total=len(held_out),
-                                                         desc="evaluating", leave=False))
+                    with saving_state():
+                        metrics, _ = evaluate(task, held_out, split, workers, signals.watch)
                     started += time.monotonic() - paused
                     evaluated = step
                     output.record(step=step, **{f"valid_{name}": value for name, value in metrics.items()})
@@ -370,11 +752,8 @@ def train(task: nn.Module, batches: Batches, held_out: list[Batch], output: Outp
                 if step == steps:
                     break
                 task.train()
-                try:
+                with saving_state():
                     batch = next(stream)
-                except Problem:
-                    save_state()
-                    raise
                 rate = learning_rate(step, steps, lr, decay)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
@@ -413,6 +792,8 @@ def one_step(task: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, ac
     """One optimizer step on a batch; the detached sums of its pieces, added up."""
     tensors, count = task.prepare(batch)
     total = 0
+    if task.coupled:
+        task.pieces, accumulate = accumulate, 1
     for piece in zip(*(tensor.chunk(accumulate) for tensor in tensors.values())):
         sums = compute(task, dict(zip(tensors, piece)))
         (sums[0] / max(count, 1)).backward()

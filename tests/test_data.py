@@ -494,8 +494,8 @@ def test_source_trees(tmp_path, capsys):
     assert found == {("a.java", "java"): "class A {}", ("b/c.go", "go"): "package c",
                      ("old.py", "python"): "print 'two'\n", ("latin.py", "python"): "def f(): return 'é'"}
     said = capsys.readouterr().err
-    assert "4 records from 8 source files; 1 exact duplicates dropped" in said
-    assert "1 files left out: over 1.0 MB" in said and "1 files left out: not text in UTF-8" in said
+    assert "4 records; 1 exact duplicates dropped" in said and "8 source files" in said
+    assert "1 left out: over 1.0 MB" in said and "1 left out: not text in UTF-8" in said
 
 
 def test_surrogates_in_sources(tmp_path):

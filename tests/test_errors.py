@@ -37,7 +37,7 @@ def test_missing_file(small):
 def test_empty_corpus(small):
     write_lines("empty.jsonl", [])
     write_lines("blank.jsonl", ["", "  "])
-    assert refused("empty.jsonl", "blank.jsonl") == "empty.jsonl, blank.jsonl: no records: the corpus is empty"
+    assert refused("empty.jsonl", "blank.jsonl") == "empty.jsonl, blank.jsonl: no records: it is empty"
     write_lines("bad.jsonl", ["x"])
     assert "the last of 1 bad lines is bad.jsonl:1: not JSON" in refused("bad.jsonl", "--skip-bad")
 

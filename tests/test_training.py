@@ -84,7 +84,7 @@ def test_loss_equals_its_definition_and_logits_are_made_where_masked_only(task, 
                 expected += math.log(sum(map(math.exp, x))) - x[target]
                 hits += x.argmax() == target
     assert abs(loss / expected - 1) < 1e-5 and correct == hits
-    metrics = task.evaluate([one_batch(corpus, tokenizer)])
+    metrics = task.metrics(task.outputs([one_batch(corpus, tokenizer)]))
     assert abs(metrics["loss"] - expected / count) < 1e-5 and abs(metrics["accuracy"] - hits / count) < 1e-9
     assert abs(metrics["perplexity"] / math.exp(expected / count) - 1) < 1e-4
 
@@ -131,7 +131,7 @@ def test_a_tiny_model_overfits_32_samples(tokenizer, corpus):
             group["lr"] = tasks.learning_rate(step, STEPS, 4e-3)
         tasks.one_step(task, optimizer, batch._replace(epoch=step), 1)
     with torch.no_grad():
-        metrics = task.evaluate(batch._replace(epoch=epoch) for epoch in range(STEPS, STEPS + 10))
+        metrics = task.metrics(task.outputs(batch._replace(epoch=epoch) for epoch in range(STEPS, STEPS + 10)))
     assert metrics["accuracy"] > 0.95
 
 
