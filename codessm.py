@@ -300,7 +300,8 @@ OPTIONS = {
     "--ckpt": dict(metavar="FILE", required=True, help="The checkpoint."),
     "--data": dict(metavar="PATH"),
     "--ctx": dict(type=click.IntRange(8)),
-    "--size": dict(type=click.Choice(list(SIZES)), help="12 layers of width 1024, 6 of 512, 4 of 128.  [default: base]"),
+    "--size": dict(type=click.Choice(list(SIZES)),
+                   help="12 layers of width 1024, 6 of 512, 4 of 128.  [default: base]"),
     "--tokenizer": dict(metavar="FILE", help="A Hugging Face tokenizer.json.  [default: train one on the data]"),
     "--vocab": dict(type=click.IntRange(1, 10_000_000),
                     help="Entries of a trained tokenizer.  [default: 32100; tiny: 4096]"),
@@ -328,7 +329,7 @@ PARAMETERS = {"--data": "data_path", "--tokenizer": "tokenizer_path", "-o": "out
 
 
 def options(names: str, **changes: dict | str) -> Callable:
-    """The named options, with the same meaning in every command; `changes` are their attributes (or help) in this one."""
+    """The named options, which mean the same in every command; `changes` are their attributes (or help) in this one."""
     def decorate(command: Callable) -> Callable:
         for name in reversed(names.split()):
             change = changes.get(name.strip("-").replace("-", "_"), {})
@@ -428,7 +429,7 @@ def pretrain(corpus, ctx, size, tokenizer_path, vocab, steps, epochs, batch, acc
         else:
             tokenizer = given or data.train_tokenizer(records, settings["vocab"])
         samples = data.Samples(records, tokenizer, ctx, seed)
-        lengths = data.choose_lengths(data.sample_lengths(samples, records.train), ctx)
+        lengths = data.static_lengths(samples, records.train, ctx)
         batches = data.Batches(samples, records.train, batch, lengths, tokenizer.pad, seed)
         some = np.linspace(0, len(records.held_out) - 1, min(HELD_OUT, len(records.held_out))).astype(int)
         held_out = data.Batches(samples, records.held_out[some], batch, lengths, tokenizer.pad)
@@ -494,8 +495,8 @@ def describe_encoding(split: data.Split) -> str:
 
 @cli.command(epilog="Example: codessm finetune devign --ckpt model.pt --data devign/ -o devign.pt")
 @task_argument()
-@options("--ckpt --data --ctx --size --tokenizer --vocab --steps --epochs --batch --accumulate --lr --eval-every --limit "
-         "--skip-bad --seed -o --restart --device --workers --json",
+@options("--ckpt --data --ctx --size --tokenizer --vocab --steps --epochs --batch --accumulate --lr --eval-every "
+         "--limit --skip-bad --seed -o --restart --device --workers --json",
          ckpt=dict(required=False, help="The pretrained checkpoint to start from; without one, from scratch."),
          data="The folder (or file) of the benchmark as published.  [default: ./TASK]",
          ctx="Tokens a function, special ones included.  [default: the task's]",
@@ -543,7 +544,7 @@ def finetune(name, ckpt, data_path, ctx, size, tokenizer_path, vocab, steps, epo
         for part, split in reader.splits.items():
             if not len(split.prepare(tokenizer, ctx)):
                 raise Problem(f"the {part} split has no labelled token")
-        lengths = data.choose_lengths(data.sample_lengths(train.items, train.distinct), ctx)
+        lengths = data.static_lengths(train.items, train.distinct, ctx)
         batches, held_out = train.training(batch, lengths, seed), valid.each(batch, lengths)
         steps = steps or epochs * len(batches)
         eval_every = eval_every or len(batches)
@@ -559,8 +560,9 @@ def finetune(name, ckpt, data_path, ctx, size, tokenizer_path, vocab, steps, epo
         describe_training(task, f"{encoder.config['layers']} x {encoder.config['d']}", device, output_path, steps,
                           steps / len(batches), "linear", batch=batch, lr=lr, seed=seed, accumulate=accumulate,
                           eval_every=eval_every)
-        metrics = tasks.train(task, batches, held_out, output, state, split=valid, settings=settings, steps=steps, lr=lr,
-                              decay=tasks.linearly, accumulate=accumulate, eval_every=eval_every, workers=workers)
+        metrics = tasks.train(task, batches, held_out, output, state, split=valid,
+                              settings=settings, steps=steps, lr=lr, decay=tasks.linearly, accumulate=accumulate,
+                              eval_every=eval_every, workers=workers)
         result = dict(output=output_path, task=name, steps=steps, parameters=sum(p.numel() for p in task.parameters()),
                       **{f"valid_{key}": value for key, value in metrics.items()})
         if "test" in reader.splits:
@@ -613,8 +615,8 @@ def load_for(name: str, path: str, device: torch.device) -> nn.Module:
 @click.option("--split", default="test", show_default=True, type=click.Choice(data.SPLITS),
               help="Of mlm, test is the whole corpus and valid its held-out 1 %.")
 @click.option("--predictions", metavar="FILE", help="Write the predictions, in the form CodeXGLUE's evaluators read.")
-def evaluate(name, ckpt, data_path, ctx, batch, limit, skip_bad, code_field, text_field, device, workers, as_json, split,
-             predictions):
+def evaluate(name, ckpt, data_path, ctx, batch, limit, skip_bad, code_field, text_field, device, workers, as_json,
+             split, predictions):
     """Score a checkpoint on a split of TASK, or on a corpus (mlm)."""
     if predictions is not None and name == "mlm":
         raise click.UsageError("--predictions is for the other tasks than mlm")
@@ -632,7 +634,7 @@ def evaluate(name, ckpt, data_path, ctx, batch, limit, skip_bad, code_field, tex
             raise Problem(f"the {split} split of {data_path} is empty")
         ctx, part = ctx or 256, None
         samples = data.Samples(corpus, model.tokenizer, ctx)
-        lengths = data.choose_lengths(data.sample_lengths(samples, records), ctx)
+        lengths = data.static_lengths(samples, records, ctx)
         batches = data.Batches(samples, records, batch, lengths, model.tokenizer.pad)
         facts, count = f"{len(corpus):,} records" + (f"; {corpus.bad:,} bad lines passed over" if corpus.bad else ""), \
             len(records)
@@ -643,7 +645,7 @@ def evaluate(name, ckpt, data_path, ctx, batch, limit, skip_bad, code_field, tex
         count = len(part)
         if not len(part.prepare(model.tokenizer, ctx)):
             raise Problem(f"the {split} split has no labelled token")
-        lengths = data.choose_lengths(data.sample_lengths(part.items, part.distinct), ctx)
+        lengths = data.static_lengths(part.items, part.distinct, ctx)
         batches = part.each(batch, lengths)
         facts += f"; {describe_encoding(part)}"
     describe(data=facts, samples=f"ctx {ctx}, padded to {', '.join(map(str, lengths))}")
@@ -680,14 +682,15 @@ def predict(files, ckpt, ctx, batch, device):
     model = load(ckpt, device)
     if model.name == "mlm":
         raise Problem(f"{ckpt} is a pretrained encoder, which predicts nothing yet: fine-tune it first")
+    ctx = ctx or model.ctx
+    parse = partial(data.parse_example, data.prediction_task(model.name), labelled=False)
     for path, source, hidden in data.prediction_sources(files or ["-"], model.name):
-        records = data.Records([source], partial(data.parse_example, data.prediction_task(model.name), labelled=False))
+        records = data.Records([source], parse)
         for start in data.progress(range(0, len(records), PREDICT), desc=f"predicting {path}", leave=False):
             rows = np.arange(start, min(start + PREDICT, len(records)))
-            split = data.unlabelled(model.name, records, rows).prepare(model.tokenizer, ctx or model.ctx)
-            counts = data.sample_lengths(split.items, split.distinct, len(split.distinct))
-            with torch.no_grad(), closing(split.each(batch, sorted({*(-(-counts // 8) * 8)})).stream(
-                    stop=-(-len(split.distinct) // batch))) as stream:
+            split = data.unlabelled(model.name, records, rows).prepare(model.tokenizer, ctx)
+            batches = split.each(batch, data.static_lengths(split.items, split.distinct, ctx))
+            with torch.no_grad(), closing(batches.stream(stop=len(batches))) as stream:
                 for row, result in zip(rows, model.results(stream, split)):
                     kept = data.parse_json(records.line(row))
                     click.echo(json.dumps({k: v for k, v in kept.items() if k not in hidden} | result))

@@ -594,6 +594,11 @@ def sides(sample) -> tuple[list[int], ...]:
     return sample if isinstance(sample, tuple) else (sample,)
 
 
+def static_lengths(samples: Callable, records: np.ndarray, ctx: int) -> list[int]:
+    """The lengths to which batches of these samples are padded."""
+    return choose_lengths(sample_lengths(samples, records), ctx)
+
+
 def sample_lengths(samples: Callable, records: np.ndarray, most: int = 4096) -> np.ndarray:
     """Token counts, int64, of the epoch-0 samples of at most `most` of the records, evenly spaced."""
     chosen = records[np.linspace(0, len(records) - 1, min(most, len(records))).astype(int)]
@@ -801,7 +806,8 @@ TASKS = {
         line='{"src": "int f() {...}", "complexity": "linear"}',
         published="https://huggingface.co/datasets/codeparrot/codecomplex"),
     "typeinf": Benchmark(
-        "tag", 512, 3, "accuracy", files="train*.jsonl, valid.jsonl and test.jsonl, and vocab_50000.txt if there is one",
+        "tag", 512, 3, "accuracy",
+        files="train*.jsonl, valid.jsonl and test.jsonl, and vocab_50000.txt if there is one",
         line='{"tokens": ["function", "f", ...], "labels": [null, "string", ...]}',
         published="https://zenodo.org/record/6387001"),
     "clone": Benchmark(
@@ -860,39 +866,35 @@ def label_field(record: dict, name: str, allowed: Iterable[str] = ()) -> str:
 
 
 def without_docstring(text: str, code: str) -> str:
-    """Code that does not hold its own description: ranked as it is, the query would lie inside the answer."""
+    """Code without the docstring that the text is from: ranked as it is, the query would lie inside the answer."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             source = textwrap.dedent(code)
             functions = list(python_functions(source, ast.parse(source)))
-        if len(functions) == 1:
-            code = functions[0]["code"]
+        docstring = functions[0].get("docstring", "") if len(functions) == 1 else ""
+        if re.sub(r"\W+", "", text) in re.sub(r"\W+", "", docstring):
+            return functions[0]["code"]
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         pass
-    code = once(text, code)[1]
-    return code.replace(text.strip(), "") if len(text.split()) > 1 else code
+    return once(text, code)[1]
 
 
 def parse_example(task: Benchmark, line: bytes, labelled: bool = True) -> tuple:
     """What a line of JSONL holds; raises `BadLine`.
 
-    (code, label), (text, code), (code, code, label) or (words, labels), the last label being None unless `labelled`.
+    (code, label), (text, code), (code, code, label) or (words, labels); unless `labelled`, the label is None and each
+    word's UNK, whatever the line has.
     """
     record = parse_json(line)
     if task.kind == "retrieval":
         text, code = string_field(record, task.text, "text"), string_field(record, task.code, "code")
-        if not any(isinstance(record.get(name), list) for name in task.code) and task.code != ("answer",):
-            description = record.get("docstring")
-            code = without_docstring(description if isinstance(description, str) else text, code)
-            if not code.strip():
-                raise BadLine("the code holds nothing but its description")
+        if task.code != ("answer",) and ('"' in code or "'" in code):
+            code = without_docstring(text, code)
         return text, code
     if task.kind == "tag":
         words = token_field(record, "tokens")
-        labels = record.get("labels")
-        if labels is None and not labelled:
-            return words, [None] * len(words)
+        labels = record.get("labels") if labelled else [UNK] * len(words)
         if not isinstance(labels, list):
             raise missing(record, ["labels"]) if labels is None else BadLine('the field "labels" is no list')
         if len(labels) != len(words):
@@ -903,6 +905,18 @@ def parse_example(task: Benchmark, line: bytes, labelled: bool = True) -> tuple:
     names = [("code1", "func1"), ("code2", "func2")] if task.kind == "pair" else [task.code]
     label = label_field(record, task.label, task.labels) if labelled else None
     return *(string_field(record, fields, "code") for fields in names), label
+
+
+def parse_named(fields: tuple[str, ...], what: str, name: str, line: bytes) -> tuple[str, str]:
+    """What a line holds in `fields`, joined by line ends, and its name; raises `BadLine`."""
+    record = parse_json(line)
+    found = [first_field(record, [field]) for field in fields]
+    if found == [None] * len(fields):
+        raise missing(record, fields)
+    string = "\n".join(part for part in found if part and part.strip())
+    if not string:
+        raise BadLine(f"the {what} is empty")
+    return string, label_field(record, name)
 
 
 class Texts:
@@ -1041,21 +1055,10 @@ def unlabelled(name: str, records: Records, rows: np.ndarray) -> Split:
     """Of records to predict for, without labels."""
     n = np.arange(len(rows))
     if TASKS[name].kind == "tag":
-        return Split(Every(records), rows[:, None], index={})
+        return Split(records.__getitem__, rows[:, None], index={})
     if TASKS[name].kind == "classify":
         return Split(Texts((records, rows, 0)), n[:, None])
     return Split(Texts((records, rows, 0), (records, rows, 1)), np.stack([n, n + len(n)], 1))
-
-
-class Every:
-    """file -> (words, labels), a label for every word."""
-
-    def __init__(self, files: Records):
-        self.files = files
-
-    def __call__(self, number: int) -> tuple[list[str], list[str]]:
-        words = self.files[number][0]
-        return words, [UNK] * len(words)
 
 
 def prediction_task(name: str) -> Benchmark:
@@ -1078,7 +1081,7 @@ def prediction_sources(paths: Iterable[str], name: str) -> Iterator[tuple[str, S
             needed = {"tag": "Python files", "pair": "code1 and code2"}.get(kind, "a text and code")
             raise Problem(f"{path}: a model for {name} needs JSONL with {TASKS[name].line}" + (
                 ", or Python files" if kind == "tag" else f", since a source file is not {needed}"))
-        yield path, Source(path, spool_lines(file_rows(path, kind)), ""), {"code", "tokens"}
+        yield path, Source(path, spool_lines(file_rows(path, kind)), ""), {"code"}
 
 
 def file_rows(path: str, kind: str) -> Iterator[dict]:
@@ -1208,7 +1211,7 @@ class Reader:
 
             records = self.records(sources, partial(parse_example, self.task), note, self.limit)
             if self.task.kind == "classify" and not self.labels:
-                self.labels = sorted(set(labels), key=lambda label: (int(label) if label.isdigit() else math.inf, label))
+                self.labels = sorted(set(labels), key=lambda x: (int(x) if x.isdigit() else math.inf, x))
                 known = set(self.labels)
                 if len(known) < 2:
                     raise Problem(f"{listed(s.name for s in sources)}: all examples have the same label, {labels[0]}: "
@@ -1292,6 +1295,17 @@ class Reader:
             labels = [label_field(functions[i], self.task.label) for i in positions]
             self.splits[split] = self.split(records, np.arange(len(records)), labels, array.array("Q"))
 
+    def named(self, file: str, fields: tuple[str, ...], what: str, name: str) -> tuple[Records, dict[str, int]]:
+        """The records of a file and the number of each by its name, which the field `name` holds."""
+        numbers: dict[str, int] = {}
+
+        def note(_line: bytes, parsed: tuple[str, str]) -> None:
+            if parsed[1] in numbers:
+                raise BadLine(f"the {name} {parsed[1][:80]} is there already")
+            numbers[parsed[1]] = len(numbers)
+
+        return self.records([self.open(file)], partial(parse_named, fields, what, name), note), numbers
+
     def bad_line(self, path: str | os.PathLike, number: int, what: object) -> None:
         """A bad line of a file that is no JSONL: the end, or passed over."""
         if not self.skip_bad:
@@ -1301,21 +1315,9 @@ class Reader:
     # -- BigCloneBench: functions, and pairs of their idx
 
     def read_clone(self) -> None:
-        functions: dict[str, int] = {}
-
-        def parse(line: bytes) -> tuple[str, str]:
-            record = parse_json(line)
-            return string_field(record, self.task.code, "code"), label_field(record, "idx")
-
-        def note(_line: bytes, parsed: tuple[str, str]) -> None:
-            if parsed[1] in functions:
-                raise BadLine(f"the idx {parsed[1]} is there already")
-            functions[parsed[1]] = len(functions)
-
         if self.path.is_file():
             raise self.expected(f"{self.path} is a file, not a folder")
-        source = self.open("data.jsonl")
-        records = self.records([source], parse, note)
+        records, functions = self.named("data.jsonl", self.task.code, "code", "idx")
         texts = Texts((records, np.arange(len(records)), 0))
         for split in self.wanted:
             path = self.path / f"{split}.txt"
@@ -1328,7 +1330,7 @@ class Reader:
                 if len(fields) != 3:
                     self.bad_line(path, number, f"{len(fields)} fields, where idx1, idx2 and label are expected")
                 elif unknown:
-                    self.bad_line(path, number, f"no function in {source.name} has the idx {unknown[0][:80]}")
+                    self.bad_line(path, number, f"no function in data.jsonl has the idx {unknown[0][:80]}")
                 elif fields[2] not in self.task.labels:
                     self.bad_line(path, number, f'the label "{fields[2][:80]}" is neither 0 nor 1')
                 else:
@@ -1341,35 +1343,20 @@ class Reader:
     # -- StackOverflow questions and answers: CoIR's BEIR files, Kaggle's CSV
 
     def read_beir(self) -> None:
-        def part(file: str, what: str) -> tuple[Records, dict[str, int]]:
-            names: dict[str, int] = {}
-
-            def parse(line: bytes) -> tuple[str, str]:
-                record = parse_json(line)
-                fields = [first_field(record, [name]) for name in ("title", "text")]
-                if fields == [None, None]:
-                    raise missing(record, ["text"])
-                string = "\n".join(field for field in fields if field and field.strip())
-                if not string:
-                    raise BadLine(f"the {what} is empty")
-                return string, label_field(record, "_id")
-
-            def note(_line: bytes, parsed: tuple[str, str]) -> None:
-                names.setdefault(parsed[1], len(names))
-
-            return self.records([self.open(file)], parse, note), names
-
-        (queries, query_names), (documents, names) = part("queries.jsonl", "question"), part("corpus.jsonl", "answer")
+        queries, query_names = self.named("queries.jsonl", ("title", "text"), "question", "_id")
+        documents, names = self.named("corpus.jsonl", ("title", "text"), "answer", "_id")
         texts = Texts((queries, np.arange(len(queries)), 0), (documents, np.arange(len(documents)), 0))
-        qrels = {split: next((p for p in (self.path / "qrels" / f"{alias}.tsv" for alias in aliases) if p.exists()), None)
-                 for split, aliases in (("train", ["train"]), ("valid", ["valid", "dev"]), ("test", ["test"]))}
+        qrels = {split: self.path / "qrels" / f"{split}.tsv" for split in SPLITS}
+        if not qrels["valid"].exists():  # as BEIR's own names have it
+            qrels["valid"] = self.path / "qrels" / "dev.tsv"
+        qrels = {split: path for split, path in qrels.items() if path.exists()}
         pairs: dict[str, list[tuple[int, int]]] = {split: [] for split in SPLITS}
         for split, path in qrels.items():
-            if path is None or not {split, "valid" if split == "train" else split} & set(self.wanted):
+            if not {split, "valid" if split == "train" else split} & set(self.wanted):
                 continue
             for number, line in numbered(self.open(path.relative_to(self.path)), self.limit):
                 fields = line.rstrip("\n").split("\t")
-                if number == 1 and not fields[-1].strip().lstrip("-").isdigit():
+                if number == 1 and len(fields) == 3 and not fields[2].strip().lstrip("-").isdigit():
                     continue  # the header
                 if len(fields) != 3 or not fields[2].strip().lstrip("-").isdigit():
                     self.bad_line(path, number, "not query-id, tab, corpus-id, tab, score")
@@ -1378,9 +1365,9 @@ class Reader:
                 elif fields[1] not in names:
                     self.bad_line(path, number, f"no text in corpus.jsonl has the _id {fields[1][:80]}")
                 elif int(fields[2]) > 0:
-                    held_out = split == "train" and not qrels["valid"] and seeded_split(fields[0].encode()) == "valid"
-                    pairs["valid" if held_out else split].append((query_names[fields[0]], names[fields[1]]))
-        if not qrels["valid"]:
+                    valid = "valid" not in qrels and split == "train" and seeded_split(fields[0].encode()) == "valid"
+                    pairs["valid" if valid else split].append((query_names[fields[0]], names[fields[1]]))
+        if "valid" not in qrels:
             self.notes = "the validation split is a tenth of the training queries, by a hash"
         for split in self.wanted:
             if pairs[split]:
@@ -1435,7 +1422,8 @@ class Reader:
                     if len(row) == len(header):
                         yield rows.line_num, [row[header.index(column)] for column in columns]
                     elif row:
-                        self.bad_line(source.name, rows.line_num, f"{len(row)} columns, where the header has {len(header)}")
+                        self.bad_line(source.name, rows.line_num,
+                                      f"{len(row)} columns, where the header has {len(header)}")
             except (csv.Error, BadLine) as error:
                 raise Problem(f"{source.name}:{rows.line_num}: {error}") from None
 
@@ -1691,7 +1679,8 @@ def variables(function: ast.stmt, method: bool) -> Iterator[tuple[Scope, str, st
     def visit(node: ast.AST | None, scope: Scope) -> None:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
             inner, a = Scope("function", scope), node.args
-            for child in [*getattr(node, "decorator_list", []), *a.defaults, *a.kw_defaults, getattr(node, "returns", None)]:
+            decorators, returns = getattr(node, "decorator_list", []), getattr(node, "returns", None)
+            for child in [*decorators, *a.defaults, *a.kw_defaults, returns]:
                 visit(child, scope)
             if not isinstance(node, ast.Lambda):
                 bind(scope, node.name, "func", node)
@@ -1838,7 +1827,7 @@ def typed_tokens(source: str, always: bool = False) -> tuple[list[str], list[str
         return bisect.bisect_left(starts, (line, len(rows[line - 1].encode()[:column].decode())))
 
     def take(annotation: ast.expr, opening: str, labelled: int | None = None) -> None:
-        """Remove the tokens from the `opening` one to the annotation's last; it labels `labelled`, else the one before."""
+        """Remove the tokens from the `opening` one to the annotation's last; it labels `labelled` or the one before."""
         first = at(annotation.lineno, annotation.col_offset)
         last = at(annotation.end_lineno, annotation.end_col_offset)
         while tokens[first].string != opening:  # parentheses around it
@@ -1872,7 +1861,8 @@ def build_benchmark(task: str, paths: Iterable[str], folder: str) -> None:
     if os.path.exists(folder) and not os.path.isdir(folder):
         raise Problem(f"{folder} is a file: give -o the name of a folder")
     for file in map(Path(folder).joinpath, files):
-        if file.exists() and not (file.is_file() and starts_with(str(file), UNK.encode() if file.suffix == ".txt" else start)):
+        ours = UNK.encode() if file.suffix == ".txt" else start
+        if file.exists() and not (file.is_file() and starts_with(str(file), ours)):
             raise Problem(f"{file} exists and is no file that this command wrote: give another -o")
     paths = list(paths)
     seen: set[bytes] = set()

@@ -216,13 +216,14 @@ def classify(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """(summed cross-entropy, correct, counted) of logits (n, classes) and targets (n,), some of them IGNORE."""
     logits = logits.float()
     loss = cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORE)
-    return torch.stack([loss, (logits.detach().argmax(-1) == targets).sum().float(), (targets != IGNORE).sum().float()])
+    correct = logits.detach().argmax(-1) == targets
+    return torch.stack([loss, correct.sum().float(), (targets != IGNORE).sum().float()])
 
 
 class Retrieval(nn.Module):
     """Code for a text: a bi-encoder with in-batch negatives and a learned temperature.
 
-        q, c = pool(text), pool(code), normalised     logits = q c^T exp(s)     s starts at log(1 / 0.07), at most log 100
+        q, c = pool(text), pool(code), normalised     logits = q c^T exp(s)     s from log(1 / 0.07) to at most log 100
 
     The cross-entropy is that of each text over the codes of the batch, as in InfoNCE (van den Oord et al. 2018); a
     code that is the same item as a text's own is no negative. As the rows of a batch depend on each other,
@@ -420,24 +421,21 @@ def precision_recall_f1(gold: np.ndarray, predicted: np.ndarray, average: str) -
 
 
 def f1_published(gold: list[list[str]], predicted: list[list[str]]) -> float:
-    """The F1 that type inference is published with: seqeval's, micro-averaged, on labels that have no B- or I- prefix.
+    """The F1 that type inference is published with: seqeval's, micro-averaged, on labels without a B- or I- prefix.
 
     seqeval takes the first letter of a label for its tag and the rest (after a hyphen, if there is one) for its
     type. So a type that begins with O is none, a run of equal types is one entity, and an entity is right if its
     type, start and end are; F1 = 2 TP / (gold entities + predicted entities). Each list is one window.
     """
-    hits = total = 0
-    for sequences in zip(gold, predicted):
-        found = [entities(sequence) for sequence in sequences]
-        hits += len(found[0] & found[1])
-        total += len(found[0]) + len(found[1])
-    return 2 * hits / total if total else 0.0
+    gold, predicted = entities(gold), entities(predicted)
+    total = len(gold) + len(predicted)
+    return 2 * len(gold & predicted) / total if total else 0.0
 
 
-def entities(labels: list[str]) -> set[tuple[str, int, int]]:
-    """(type, first, last) of the chunks of one window, by conlleval's rules as seqeval has them."""
+def entities(windows: list[list[str]]) -> set[tuple[str, int, int]]:
+    """(type, first, last) of the chunks of all windows, an O after each, by conlleval's rules as seqeval has them."""
     found, begin, before, kind_before = set(), 0, "O", ""
-    for i, label in enumerate([*labels, "O"]):
+    for i, label in enumerate([*itertools.chain(*([*window, "O"] for window in windows)), "O"]):
         tag, kind = label[:1], label[1:].split("-", 1)[-1] or "_"
         ends = before in ("E", "S") or (before in ("B", "I") and tag in ("B", "S", "O"))
         starts = tag in ("B", "S") or (tag in ("E", "I") and before in ("E", "S", "O"))
@@ -456,7 +454,8 @@ def build(content: dict, encoder: nn.Module, tokenizer: Tokenizer) -> nn.Module:
     """The objective that a checkpoint's content names, around an encoder."""
     if content["task"] == "mlm":
         return MLM(encoder, tokenizer)
-    return OBJECTIVES[TASKS[content["task"]].kind](encoder, tokenizer, content["task"], content["labels"], content["ctx"])
+    objective = OBJECTIVES[TASKS[content["task"]].kind]
+    return objective(encoder, tokenizer, content["task"], content["labels"], content["ctx"])
 
 
 def evaluate(task: nn.Module, batches: Batches, split: Split | None = None, workers: int = 0,
@@ -494,7 +493,7 @@ def checkpoint(task: nn.Module, weights: dict[str, torch.Tensor] | None = None) 
 
 
 def save(path: str | os.PathLike, task: nn.Module) -> None:
-    """Write a checkpoint (configuration, weights, tokenizer, the task and its labels) that `codessm.load` reads, atomically."""
+    """Write a checkpoint (configuration, weights, tokenizer, task, labels) that `codessm.load` reads, atomically."""
     write(path, checkpoint(task))
 
 
