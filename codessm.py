@@ -698,7 +698,7 @@ def predict(files, ckpt, ctx, batch, device):
 
 @cli.command(epilog="Example: codessm corpus ~/projects -o corpus.jsonl")
 @click.argument("paths", nargs=-1)
-@click.option("--task", type=click.Choice(list(data.FIRST_FIELD)), help="Make a benchmark of the Python files instead.")
+@click.option("--task", type=click.Choice(data.MADE), help="Make a benchmark of the Python files instead.")
 @click.option("-o", "output_path", metavar="FILE|DIR",
               help="The JSONL file to write, with --task the folder.  [default: standard output; with --task ./TASK]")
 def corpus(paths, task, output_path):

@@ -158,10 +158,16 @@ def spool_folder() -> str:
     return spool_folder.path
 
 
-def spool(name: str, stream: io.IOBase) -> str:
-    """Copy a binary stream, decompressed if it is gzip, to a temporary file; returns its path."""
+def spool_path() -> str:
+    """A new empty file in it."""
     path = os.path.join(spool_folder(), f"{len(os.listdir(spool_folder()))}.jsonl")
     Path(path).touch()
+    return path
+
+
+def spool(name: str, stream: io.IOBase) -> str:
+    """Copy a binary stream, decompressed if it is gzip, to a temporary file; returns its path."""
+    path = spool_path()
     raw = io.BufferedReader(stream) if not hasattr(stream, "peek") else stream
     compressed = raw.peek(2)[:2] == b"\x1f\x8b"
     plain = gzip.GzipFile(fileobj=raw) if compressed else raw
@@ -321,25 +327,25 @@ class Records:
         parse: bytes of a line -> anything; raises `BadLine`.
         limit: only the first so many records of each file.
         skip_bad: count bad lines and pass over them, where otherwise the first is a `Problem`.
-        note: called with each good line and what was made of it.
+        note: called with the number of the source, each line and what was made of it; may raise `BadLine` too.
     After the one pass over the files, `records[i]` reads record i; `bytes` is the size of all, `bad` the number of
     lines passed over. Raises `Problem`.
     """
 
     def __init__(self, sources: list[Source], parse: Callable, limit: int | None = None, skip_bad: bool = False,
-                 note: Callable = lambda line, parsed: None):
+                 note: Callable = lambda source, line, parsed: None):
         self.sources, self.parse, self.bad, self.bytes = sources, parse, 0, 0
         offsets, first = array.array("Q"), []
         with progress(total=sum(os.path.getsize(source.path) for source in sources), desc="reading records",
                       unit="B") as bar:
-            for source in sources:
+            for place, source in enumerate(sources):
                 first.append(len(offsets))
                 for number, offset, line in lines(source.path):
                     if limit is not None and len(offsets) - first[-1] == limit:
                         break
                     bar.update(len(line))
                     try:
-                        note(line, parse(line))
+                        note(place, line, parse(line))
                     except BadLine as error:
                         if not skip_bad:
                             raise Problem(f"{source.name}:{number}: {error}") from None
@@ -393,7 +399,7 @@ class Corpus(Records):
         self.texts, held = 0, bytearray()
         lowest: list[tuple[int, int]] = []  # (-hash, record) of the 32 lowest hashes
 
-        def note(line: bytes, _parsed) -> None:
+        def note(_source: int, line: bytes, _parsed: tuple) -> None:
             checksum = zlib.crc32(line.strip())
             (heapq.heappush if len(lowest) < 32 else heapq.heappushpop)(lowest, (-checksum, len(held)))
             held.append(checksum % 100 == 0)
@@ -497,12 +503,17 @@ class Tokenizer:
             raise Problem(f"the tokenizer cannot encode this: {error}") from None
 
 
+def read_text(path: str | os.PathLike, name: str | None = None) -> str:
+    """The text of a file in UTF-8; raises `Problem`."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise Problem(f"{name or path}: {getattr(error, 'strerror', None) or 'not text in UTF-8'}") from None
+
+
 def load_tokenizer(path: str) -> Tokenizer:
     """The tokenizer of a `tokenizer.json`; raises `Problem`."""
-    try:
-        return Tokenizer(Path(path).read_text(encoding="utf-8-sig"), path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise Problem(f"{path}: {getattr(error, 'strerror', None) or 'not a tokenizer.json'}") from None
+    return Tokenizer(read_text(path), path)
 
 
 def train_tokenizer(corpus, vocab: int, most: int = 200_000_000) -> Tokenizer:
@@ -776,18 +787,20 @@ class Benchmark(NamedTuple):
     files: str = "train.jsonl, valid.jsonl and test.jsonl, or one file, split 80/10/10"
     line: str = ""                 # what a line looks like
     published: str = ""            # where
+    docstrings: bool = False       # code may hold its own description, which is cut out
+    whole: bool = False            # candidates are those of all splits
 
 
 ADVTEST = Benchmark(
     "retrieval", 512, 2, "mrr", ("docstring_tokens", "docstring"),
     ("code_tokens", "function_tokens", "code", "function"), files="train.jsonl, valid.jsonl and test.jsonl",
     line='{"docstring_tokens": [...], "code_tokens": [...], "url": "...", "idx": 0}',
-    published="https://github.com/microsoft/CodeXGLUE/tree/main/Text-Code/NL-code-search-Adv")
+    published="https://github.com/microsoft/CodeXGLUE/tree/main/Text-Code/NL-code-search-Adv", docstrings=True)
 TASKS = {
     "advtest": ADVTEST,
     "nlcodesearch": ADVTEST,
     "sqa": Benchmark(
-        "retrieval", 1024, 3, "mrr", ("question",), ("answer",),
+        "retrieval", 1024, 3, "mrr", ("question",), ("answer",), whole=True,
         files="corpus.jsonl, queries.jsonl and qrels/{train,test}.tsv (CoIR), or Questions.csv and Answers.csv "
               "(StackSample), or JSONL", line='{"question": "...", "answer": "..."}',
         published="https://huggingface.co/datasets/CoIR-Retrieval/stackoverflow-qa and "
@@ -815,7 +828,8 @@ TASKS = {
         files="data.jsonl, with train.txt, valid.txt and test.txt of lines idx1, tab, idx2, tab, label",
         line='{"func": "int f() {...}", "idx": "10"}',
         published="https://github.com/microsoft/CodeXGLUE/tree/main/Code-Code/Clone-detection-BigCloneBench"),
-    "retrieval": Benchmark("retrieval", 512, 3, "mrr", TEXT_FIELDS[::-1], line='{"text": "...", "code": "..."}'),
+    "retrieval": Benchmark("retrieval", 512, 3, "mrr", TEXT_FIELDS[::-1], line='{"text": "...", "code": "..."}',
+                           docstrings=True),
     "classify": Benchmark("classify", 512, 3, "accuracy", line='{"code": "...", "label": "..."}'),
     "tag": Benchmark("tag", 512, 3, "accuracy", line='{"tokens": ["def", "f", ...], "labels": [null, "name", ...]}'),
     "pair": Benchmark("pair", 512, 3, "f1", labels=("0", "1"), line='{"code1": "...", "code2": "...", "label": 0}'),
@@ -865,19 +879,32 @@ def label_field(record: dict, name: str, allowed: Iterable[str] = ()) -> str:
     return label
 
 
+QUOTED = re.compile(r"""^[ \t]*[rRuU]?("{3}|'{3}|"|')(.*?)\1[ \t]*(?:\n|\Z)""", re.DOTALL | re.MULTILINE)
+
+
 def without_docstring(text: str, code: str) -> str:
     """Code without the docstring that the text is from: ranked as it is, the query would lie inside the answer."""
+    def holds(string: str) -> bool:
+        return re.sub(r"\W+", "", text) in re.sub(r"\W+", "", string)
+
+    if '"' not in code and "'" not in code or not holds(code):
+        return code
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             source = textwrap.dedent(code)
-            functions = list(python_functions(source, ast.parse(source)))
-        docstring = functions[0].get("docstring", "") if len(functions) == 1 else ""
-        if re.sub(r"\W+", "", text) in re.sub(r"\W+", "", docstring):
-            return functions[0]["code"]
+            tree = ast.parse(source)
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) \
+                    and holds(ast.get_docstring(node) or ""):
+                begin, end, instead = docstring_place(source, node)
+                return source[:begin] + instead + source[end:]
+        return code
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        pass
-    return once(text, code)[1]
+        for string in QUOTED.finditer(code):  # Python 2, say
+            if holds(string[2]):
+                return code[:string.start()] + code[string.end():]
+        return once(text, code)[1]
 
 
 def parse_example(task: Benchmark, line: bytes, labelled: bool = True) -> tuple:
@@ -889,9 +916,7 @@ def parse_example(task: Benchmark, line: bytes, labelled: bool = True) -> tuple:
     record = parse_json(line)
     if task.kind == "retrieval":
         text, code = string_field(record, task.text, "text"), string_field(record, task.code, "code")
-        if task.code != ("answer",) and ('"' in code or "'" in code):
-            code = without_docstring(text, code)
-        return text, code
+        return text, without_docstring(text, code) if task.docstrings else code
     if task.kind == "tag":
         words = token_field(record, "tokens")
         labels = record.get("labels") if labelled else [UNK] * len(words)
@@ -901,7 +926,10 @@ def parse_example(task: Benchmark, line: bytes, labelled: bool = True) -> tuple:
             raise BadLine(f"{len(words):,} tokens and {len(labels):,} labels: there must be one for each, or null")
         if not words:
             raise BadLine("the list of tokens is empty")
-        return words, [None if label is None else label_field({"labels": label}, "labels") for label in labels]
+        labels = [None if label is None else label_field({"labels": label}, "labels") for label in labels]
+        if labelled and task.files == TASKS["tag"].files and UNK in labels:
+            raise BadLine(f'the label "{UNK}" stands for what is not known: give it another name')
+        return words, labels
     names = [("code1", "func1"), ("code2", "func2")] if task.kind == "pair" else [task.code]
     label = label_field(record, task.label, task.labels) if labelled else None
     return *(string_field(record, fields, "code") for fields in names), label
@@ -920,18 +948,15 @@ def parse_named(fields: tuple[str, ...], what: str, name: str, line: bytes) -> t
 
 
 class Texts:
-    """The strings of a benchmark by item number; a part is (records, their numbers, which of a record's strings)."""
+    """The strings of a benchmark by item number; a part is (records, which of a record's strings)."""
 
-    def __init__(self, *parts: tuple[Records, np.ndarray, int]):
-        self.parts, self.starts = parts, np.cumsum([0, *(len(rows) for _, rows, _ in parts)])
-
-    def __len__(self) -> int:
-        return int(self.starts[-1])
+    def __init__(self, *parts: tuple[Records, int]):
+        self.parts, self.starts = parts, np.cumsum([0, *(len(records) for records, _ in parts)])
 
     def __call__(self, item: int) -> str:
         part = np.searchsorted(self.starts, item, side="right") - 1
-        records, rows, side = self.parts[part]
-        return records[rows[item - self.starts[part]]][side]
+        records, side = self.parts[part]
+        return records[item - self.starts[part]][side]
 
 
 class Items:
@@ -961,6 +986,7 @@ class Windows:
     def __init__(self, files: Callable[[int], tuple[list[str], list[str | None]]], numbers: Iterable[int],
                  tokenizer: Tokenizer, ctx: int, index: dict[str, int]):
         self.files, self.tokenizer, self.room, self.index = files, tokenizer, ctx - 2, index
+        self.cache: dict[str, list[int]] = {}
         spans = array.array("q")  # file, first word, last word + 1
         for number in progress(numbers, desc="cutting into windows", unit=" files"):
             words, labels = files(int(number))
@@ -977,8 +1003,12 @@ class Windows:
         return len(self.spans)
 
     def encode(self, words: list[str]) -> list[list[int]]:
-        ids = self.tokenizer.encode_many([" " + word for word in words])
-        return [row[:self.room] or [self.tokenizer.mask] for row in ids]
+        if len(self.cache) > 200_000:
+            self.cache.clear()
+        new = list({word for word in words if word not in self.cache})
+        for word, ids in zip(new, self.tokenizer.encode_many([" " + word for word in new])):
+            self.cache[word] = ids[:self.room] or [self.tokenizer.mask]
+        return [self.cache[word] for word in words]
 
     def __call__(self, number: int, epoch: int = 0) -> tuple[list[int], list[int]]:
         file, first, last = self.spans[number].tolist()
@@ -999,16 +1029,17 @@ class Split:
     query       (n,) int64, of retrieval: which query, from 0, the example's text is; each of its examples is right
     candidates  of retrieval: the items that are ranked;  gold (n,) the place in them of each example's code
     index       of tagging: the number of each label
-    row         example -> the JSON object that it is from (of retrieval, candidate -> its object too)
+    row         example -> the JSON object that it is from;  candidate  of retrieval, a candidate's place -> its own
+    bytes       about how much text it is (`size`)
     `prepare` adds `items`, and `distinct`: the items that evaluation encodes, each once.
     """
 
     def __init__(self, texts: Callable, examples: np.ndarray, labels: np.ndarray | None = None, *,
                  query: np.ndarray | None = None, candidates: np.ndarray | None = None, gold: np.ndarray | None = None,
                  index: dict[str, int] | None = None, row: Callable[[int], dict] | None = None,
-                 candidate: Callable[[int], dict] | None = None, bytes: int = 0):
+                 candidate: Callable[[int], dict] | None = None, size: int = 0):
         self.texts, self.examples, self.labels, self.query, self.candidates = texts, examples, labels, query, candidates
-        self.gold, self.index, self.row, self.candidate, self.bytes = gold, index, row, candidate, bytes
+        self.gold, self.index, self.row, self.candidate, self.bytes = gold, index, row, candidate, size
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -1053,12 +1084,11 @@ class Split:
 
 def unlabelled(name: str, records: Records, rows: np.ndarray) -> Split:
     """Of records to predict for, without labels."""
-    n = np.arange(len(rows))
     if TASKS[name].kind == "tag":
         return Split(records.__getitem__, rows[:, None], index={})
     if TASKS[name].kind == "classify":
-        return Split(Texts((records, rows, 0)), n[:, None])
-    return Split(Texts((records, rows, 0), (records, rows, 1)), np.stack([n, n + len(n)], 1))
+        return Split(Texts((records, 0)), rows[:, None])
+    return Split(Texts((records, 0), (records, 1)), np.stack([rows, rows + len(records)], 1))
 
 
 def prediction_task(name: str) -> Benchmark:
@@ -1097,19 +1127,20 @@ def file_rows(path: str, kind: str) -> Iterator[dict]:
             yield {"path": name, "code": source}
 
 
-def seeded_split(key: bytes) -> str:
-    """train, valid or test, 80/10/10, by a hash of the line (or of whatever must stay together)."""
-    place = int.from_bytes(blake2b(key, digest_size=8, person=b"split").digest(), "big") / 2 ** 64
-    return "train" if place < 0.8 else "valid" if place < 0.9 else "test"
-
-
 def digest(string: str) -> int:
+    """A hash of 64 bits."""
     return int.from_bytes(blake2b(string.encode(), digest_size=8).digest(), "big")
 
 
-def first_of(digests: array.array) -> np.ndarray:
+def seeded_split(key: str) -> str:
+    """train, valid or test, 80/10/10, by a hash of what must stay together: the code, and so its copies too."""
+    place = digest(f"split {key}") / 2 ** 64
+    return "train" if place < 0.8 else "valid" if place < 0.9 else "test"
+
+
+def first_of(digests: np.ndarray) -> np.ndarray:
     """For each element the number of the first one equal to it."""
-    _, first, inverse = np.unique(np.frombuffer(digests, np.uint64), return_index=True, return_inverse=True)
+    _, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
     return first[inverse]
 
 
@@ -1141,7 +1172,7 @@ class Reader:
         elif self.name == "sqa" and {"corpus.jsonl", "queries.jsonl"} & has:
             self.read_beir()
         elif self.name == "sqa" and {"Questions.csv", "Answers.csv"} & has:
-            self.read_rows(self.spool_csv())
+            self.read_rows([(None, self.spool_csv())])
         else:
             self.read_rows(self.find_rows(has))
         for split in required:
@@ -1165,240 +1196,249 @@ class Reader:
         self.sources[source.name] = source
         return source
 
-    def records(self, sources: list[Source], parse: Callable, note: Callable = lambda line, parsed: None,
-                limit: int | None = None) -> Records:
-        records = Records(sources, parse, limit, self.skip_bad, note)
+    def named(self, source: Source, fields: tuple[str, ...], what: str, name: str) -> tuple[Records, dict[str, int]]:
+        """The records of a file and the number of each by its name, which the field `name` holds."""
+        numbers: dict[str, int] = {}
+
+        def note(_source: int, _line: bytes, parsed: tuple[str, str]) -> None:
+            if parsed[1] in numbers:
+                raise BadLine(f"the {name} {parsed[1][:80]} is there already")
+            numbers[parsed[1]] = len(numbers)
+
+        records = Records([source], partial(parse_named, fields, what, name), skip_bad=self.skip_bad, note=note)
         self.bad += records.bad
-        return records
+        return records, numbers
+
+    def rows(self, split: str, file: str, parse: Callable[[int, list[str]], object]) -> list:
+        """What `parse` makes of the fields of each line of a split's text file; it raises `BadLine`."""
+        if split not in self.wanted or not (self.path / file).exists():
+            return []
+        source, found = self.open(file), []
+        for count, (number, _offset, line) in enumerate(lines(source.path)):
+            if count == self.limit:
+                break
+            try:
+                row = parse(number, line.decode("utf-8-sig", "replace").rstrip("\r\n").split("\t"))
+            except BadLine as error:
+                self.bad_line(source, number, error)
+                continue
+            if row is not None:
+                found.append(row)
+        return found
+
+    def bad_line(self, source: Source, number: int, what: object) -> None:
+        """A bad line of a file that is no JSONL: the end, or passed over."""
+        if not self.skip_bad:
+            raise Problem(f"{source.name}:{number}: {what}")
+        self.bad += 1
 
     # -- JSONL, an example a line
 
-    def find_rows(self, has: set[str]) -> dict[str, list[Source]]:
-        """The files of each split, or one file (or more) for "all"."""
+    def find_rows(self, has: set[str]) -> list[tuple[str | None, Source]]:
+        """(split, file) of each file that is read; the split is None of one that holds all of them."""
         if self.path.is_file():
-            return {"all": [self.open(self.path)]}
-        found = {split: sorted(f for f in has if re.fullmatch(split + (r"\d*" if split == "train" else "")
-                                                              + r"\.jsonl(\.gz)?", f)) for split in SPLITS}
+            return [(None, self.open(self.path))]
+        ending = r"\.jsonl(\.gz)?"
+        found = {split: sorted(f for f in has if re.fullmatch(split + r"\d*" * (split == "train") + ending, f))
+                 for split in SPLITS}
         if not any(found.values()):
-            one = sorted(f for f in has if re.search(r"\.jsonl(\.gz)?$", f) and not is_log(str(self.path / f)))
+            one = sorted(f for f in has if re.search(r"\.jsonl?(\.gz)?$", f) and not is_log(str(self.path / f)))
             if len(one) != 1:
-                raise self.expected(f"{self.path}: no train.jsonl there" + (
-                    f", and more than one other file: {listed(one)}" if one else ""))
-            return {"all": [self.open(one[0])]}
-        # tagging without a vocabulary takes it from the training split
-        return {split: list(map(self.open, files)) for split, files in found.items() if files and split in self.wanted}
+                raise self.expected(f"{self.path}: no train.jsonl there"
+                                    + (f", and more than one other file: {listed(one)}" if one else ""))
+            return [(None, self.open(one[0]))]
+        return [(split, self.open(file)) for split, files in found.items() for file in files
+                if split in self.wanted or self.task.whole]
 
-    def read_rows(self, files: dict[str, list[Source]]) -> None:
+    def read_rows(self, files: list[tuple[str | None, Source]]) -> None:
+        kind, given = self.task.kind, bool(self.labels)
+        if not files:
+            return
         self.vocabulary()
-        counts: Counter[str] = Counter()
-        known = self.labels and set(self.labels)
-        for name, sources in files.items():
-            labels, digests, places = [], array.array("Q"), []
+        tags: Counter[str] = Counter()
+        labels, digests, places = [], array.array("Q"), bytearray()
+        known = set(self.labels)
 
-            def note(line: bytes, parsed: tuple) -> None:
-                place = SPLITS.index(seeded_split(line.strip()) if name == "all" else name)
-                if self.task.kind == "tag":
-                    if place == 0 and not self.labels:
-                        counts.update(label for label in parsed[1] if label is not None)
-                elif self.task.kind == "classify" or self.task.kind == "pair":
-                    if known and parsed[-1] not in known:
-                        raise BadLine(f'the label "{parsed[-1][:80]}" is none of those trained on, which are '
-                                      f"{listed(sorted(known), 12)}")
-                    labels.append(parsed[-1])
-                if self.task.kind in ("retrieval", "pair"):
-                    digests.extend(map(digest, parsed[:2]))
-                places.append(place)
+        def note(source: int, line: bytes, parsed: tuple) -> None:
+            key = "\0".join(parsed[0]) if kind == "tag" else parsed[1] if kind == "retrieval" else parsed[0]
+            split = files[source][0] or seeded_split(key)
+            if kind == "tag" and split == "train" and not self.labels:
+                tags.update(label for label in parsed[1] if label is not None)
+            if kind in ("classify", "pair"):
+                # the training split comes first, and has all the labels there are
+                if files[source][0] in SPLITS[1:] and not known:
+                    known.update(labels)
+                if known and parsed[-1] not in known:
+                    raise BadLine(f'the label "{parsed[-1][:80]}" is none of those trained on, which are '
+                                  f"{listed(sorted(known), 12)}")
+                labels.append(parsed[-1])
+            if kind in ("retrieval", "pair"):
+                digests.extend(map(digest, parsed[:2]))
+            places.append(SPLITS.index(split))
 
-            records = self.records(sources, partial(parse_example, self.task), note, self.limit)
-            if self.task.kind == "classify" and not self.labels:
-                self.labels = sorted(set(labels), key=lambda x: (int(x) if x.isdigit() else math.inf, x))
-                known = set(self.labels)
-                if len(known) < 2:
-                    raise Problem(f"{listed(s.name for s in sources)}: all examples have the same label, {labels[0]}: "
-                                  "there is nothing to tell apart")
-            for split in self.wanted:
-                rows = np.flatnonzero(np.array(places) == SPLITS.index(split))
-                if len(rows):
-                    self.splits[split] = self.split(records, rows, labels, digests)
-        if self.task.kind == "tag":
-            if not self.labels:
-                self.labels = [UNK, "any"] + [label for label, _ in counts.most_common() if label not in (UNK, "any")]
-                self.labels = self.labels[:50_000]
-            index = {label: i for i, label in enumerate(self.labels)}
-            for split in self.splits.values():
-                split.index = index
-
-    def split(self, records: Records, rows: np.ndarray, labels: list[str], digests: array.array) -> Split:
-        """Of rows of JSONL."""
-        n, row = len(rows), Row(records, rows)
-        share = records.bytes * n // len(records)
-        if self.task.kind == "tag":
-            return Split(records.__getitem__, rows[:, None], row=row, bytes=share, index={})
-        number = {label: i for i, label in enumerate(self.labels)}
-        if self.task.kind == "classify":
-            targets = np.array([number[labels[i]] for i in rows])
-            return Split(Texts((records, rows, 0)), np.arange(n)[:, None], targets, row=row, bytes=share)
-        texts = Texts((records, rows, 0), (records, rows, 1))
-        pairs = np.frombuffer(digests, np.uint64).reshape(-1, 2)[rows]
-        if self.task.kind == "pair":
-            targets = np.array([number[labels[i]] for i in rows])
-            return Split(texts, first_of(pairs.T.copy()).reshape(2, n).T, targets, row=row, bytes=share)
-        # a text is a query of its own each time, a code that comes twice is encoded once
-        examples = np.stack([np.arange(n), n + first_of(pairs[:, 1].copy())], 1)
-        return Split(texts, examples, query=np.arange(n), candidates=examples[:, 1], gold=np.arange(n), row=row,
-                     candidate=row, bytes=share)
+        records = Records([source for _, source in files], partial(parse_example, self.task), self.limit, self.skip_bad,
+                          note)
+        self.bad += records.bad
+        if kind == "tag" and not self.labels:
+            self.labels = [UNK] + ["any"] * (self.name == "typeinf")
+            self.labels += [label for label, _ in tags.most_common(50_000) if label not in self.labels]
+        elif kind == "classify" and not given:
+            self.labels = sorted(set(labels), key=lambda x: (int(x) if x.isdecimal() else math.inf, x))
+            if len(self.labels) < 2:
+                raise Problem(f"{listed(s.name for s in records.sources)}: all examples have the same label, "
+                              f"{labels[0]}: there is nothing to tell apart")
+        index = {label: i for i, label in enumerate(self.labels)}
+        targets = np.array([index[label] for label in labels], np.int64)
+        # the two strings of each record, the first of equal ones standing for all: (2n,) item -> item
+        first = first_of(np.frombuffer(digests, np.uint64).reshape(-1, 2).T.ravel())
+        n = len(records)
+        for split in self.wanted:
+            rows = np.flatnonzero(np.frombuffer(places, np.uint8) == SPLITS.index(split))
+            if not len(rows):
+                continue
+            row, share = Row(records, rows), records.bytes * len(rows) // n
+            if kind == "tag":
+                found = Split(records.__getitem__, rows[:, None], row=row, size=share, index=index)
+            elif kind == "classify":
+                found = Split(Texts((records, 0)), rows[:, None], targets[rows], row=row, size=share)
+            elif kind == "pair":
+                found = Split(Texts((records, 0), (records, 1)), first.reshape(2, n).T[rows], targets[rows], row=row,
+                              size=share)
+            else:
+                # each text is a query of its own; a code that comes twice is encoded once and ranked twice
+                ranked = np.arange(n) if self.task.whole else rows
+                found = Split(Texts((records, 0), (records, 1)), np.stack([rows, first[n + rows]], 1),
+                              query=np.arange(len(rows)), candidates=first[n + ranked],
+                              gold=rows if self.task.whole else np.arange(len(rows)), row=row,
+                              candidate=Row(records, ranked), size=share)
+            self.splits[split] = found
 
     def vocabulary(self) -> None:
         """The tags of vocab_50000.txt, a line each, where it lies beside the files."""
         path = self.path / "vocab_50000.txt"
         if self.name != "typeinf" or self.labels or not path.is_file():
             return
-        self.open("vocab_50000.txt")
-        self.labels = [line.rstrip("\n").split("\t")[0] for line in read_text(path).splitlines()]
+        source = self.open(path.name)
+        self.labels = [line.split("\t")[0].strip("\r") for line in read_text(path).rstrip("\n").split("\n")]
         if len(self.labels) < 2 or self.labels[0] != UNK:
-            raise Problem(f"{path}:1: the first line of a vocabulary of types is {UNK}, the second the type that says "
-                          "nothing (any)")
+            raise Problem(f"{source.name}:1: the first line of a vocabulary of types is {UNK}, the second the type "
+                          "that says nothing (any)")
+        twice = [label for label, count in Counter(self.labels).items() if count > 1]
+        if twice:
+            raise Problem(f"{source.name}: {listed(map(repr, twice))} is there more than once")
 
     # -- Devign: functions in one JSON array, splits as positions in it
 
     def read_devign(self) -> None:
         source = self.open("function.json")
         try:
-            with open(source.path, encoding="utf-8") as file:
-                functions = json.load(file)
+            functions = json.loads(read_text(source.path, source.name))
             if not isinstance(functions, list):
                 raise ValueError(f"{JSON_KIND.get(type(functions), 'a number')}, not an array of functions")
+            for i, function in enumerate(functions):
+                if not isinstance(function, dict):
+                    raise ValueError(f"element {i:,} is {JSON_KIND.get(type(function), 'a number')}, no function")
         except (ValueError, RecursionError) as error:
             raise Problem(f"{source.name}: not JSON as published: {error}") from None
+        # a line an element, so that file:line tells which one
+        path = spool_lines({"func": function.get("func"), "idx": i} for i, function in enumerate(functions))
+        records, numbers = self.named(Source(source.name, path, ""), self.task.code, "code", "idx")
+
+        def parse(_number: int, fields: list[str]) -> tuple[int, int]:
+            if fields[0].strip() not in numbers:
+                raise BadLine(f'"{fields[0][:80]}" is no position in {source.name}, 0 to {len(functions) - 1:,}')
+            function = functions[int(fields[0])]
+            return numbers[fields[0].strip()], int(label_field(function, self.task.label, self.task.labels))
+
         for split in self.wanted:
-            path = self.path / f"{split}.txt"
-            if not path.exists():
-                continue
-            positions = []
-            for number, line in numbered(self.open(path.name), self.limit):
-                try:
-                    if not line.strip().isdigit() or int(line) >= len(functions):
-                        raise BadLine(f'"{line.strip()[:80]}" is no position in {source.name}, 0 to '
-                                      f"{len(functions) - 1:,}")
-                    position = int(line)
-                    row = json.dumps(functions[position])
-                    code, label = parse_example(self.task, row.encode())
-                except BadLine as error:
-                    at = "" if "position" in str(error) else f"{source.name}, function {int(line):,}, that it names: "
-                    self.bad_line(path, number, f"{at}{error}")
-                    continue
-                positions.append(position)
-            if not positions:
-                continue
-            rows = spool_lines(functions[i] | {"idx": i} for i in positions)
-            records = Records([Source(str(path), rows, "")], partial(parse_example, self.task))
-            labels = [label_field(functions[i], self.task.label) for i in positions]
-            self.splits[split] = self.split(records, np.arange(len(records)), labels, array.array("Q"))
-
-    def named(self, file: str, fields: tuple[str, ...], what: str, name: str) -> tuple[Records, dict[str, int]]:
-        """The records of a file and the number of each by its name, which the field `name` holds."""
-        numbers: dict[str, int] = {}
-
-        def note(_line: bytes, parsed: tuple[str, str]) -> None:
-            if parsed[1] in numbers:
-                raise BadLine(f"the {name} {parsed[1][:80]} is there already")
-            numbers[parsed[1]] = len(numbers)
-
-        return self.records([self.open(file)], partial(parse_named, fields, what, name), note), numbers
-
-    def bad_line(self, path: str | os.PathLike, number: int, what: object) -> None:
-        """A bad line of a file that is no JSONL: the end, or passed over."""
-        if not self.skip_bad:
-            raise Problem(f"{path}:{number}: {what}")
-        self.bad += 1
+            found = np.array(self.rows(split, f"{split}.txt", parse), np.int64).reshape(-1, 2)
+            if len(found):
+                self.splits[split] = Split(Texts((records, 0)), found[:, :1], found[:, 1],
+                                           row=Row(records, found[:, 0]), size=records.bytes)
 
     # -- BigCloneBench: functions, and pairs of their idx
 
     def read_clone(self) -> None:
         if self.path.is_file():
             raise self.expected(f"{self.path} is a file, not a folder")
-        records, functions = self.named("data.jsonl", self.task.code, "code", "idx")
-        texts = Texts((records, np.arange(len(records)), 0))
+        records, numbers = self.named(self.open("data.jsonl"), self.task.code, "code", "idx")
+
+        def parse(_number: int, fields: list[str]) -> tuple[int, int, int]:
+            fields = " ".join(fields).split()
+            if len(fields) != 3:
+                raise BadLine(f"{len(fields)} fields, where idx1, idx2 and label are expected")
+            for idx in fields[:2]:
+                if idx not in numbers:
+                    raise BadLine(f"no function in data.jsonl has the idx {idx[:80]}")
+            if fields[2] not in self.task.labels:
+                raise BadLine(f'the label "{fields[2][:80]}" is neither 0 nor 1')
+            return numbers[fields[0]], numbers[fields[1]], int(fields[2])
+
         for split in self.wanted:
-            path = self.path / f"{split}.txt"
-            if not path.exists():
-                continue
-            pairs, labels = array.array("q"), array.array("q")
-            for number, line in numbered(self.open(path.name), self.limit):
-                fields = line.split()
-                unknown = [idx for idx in fields[:2] if idx not in functions]
-                if len(fields) != 3:
-                    self.bad_line(path, number, f"{len(fields)} fields, where idx1, idx2 and label are expected")
-                elif unknown:
-                    self.bad_line(path, number, f"no function in data.jsonl has the idx {unknown[0][:80]}")
-                elif fields[2] not in self.task.labels:
-                    self.bad_line(path, number, f'the label "{fields[2][:80]}" is neither 0 nor 1')
-                else:
-                    pairs.extend(functions[idx] for idx in fields[:2])
-                    labels.append(int(fields[2]))
-            examples = np.array(pairs, np.int64).reshape(-1, 2)
-            self.splits[split] = Split(texts, examples, np.array(labels, np.int64), row=PairRow(records, examples),
-                                       bytes=records.bytes)
+            found = np.array(self.rows(split, f"{split}.txt", parse), np.int64).reshape(-1, 3)
+            if len(found):
+                self.splits[split] = Split(Texts((records, 0)), found[:, :2], found[:, 2], size=records.bytes,
+                                           row=PairRow(list(numbers), found[:, :2]))
 
     # -- StackOverflow questions and answers: CoIR's BEIR files, Kaggle's CSV
 
     def read_beir(self) -> None:
-        queries, query_names = self.named("queries.jsonl", ("title", "text"), "question", "_id")
-        documents, names = self.named("corpus.jsonl", ("title", "text"), "answer", "_id")
-        texts = Texts((queries, np.arange(len(queries)), 0), (documents, np.arange(len(documents)), 0))
-        qrels = {split: self.path / "qrels" / f"{split}.tsv" for split in SPLITS}
-        if not qrels["valid"].exists():  # as BEIR's own names have it
-            qrels["valid"] = self.path / "qrels" / "dev.tsv"
-        qrels = {split: path for split, path in qrels.items() if path.exists()}
-        pairs: dict[str, list[tuple[int, int]]] = {split: [] for split in SPLITS}
-        for split, path in qrels.items():
-            if not {split, "valid" if split == "train" else split} & set(self.wanted):
-                continue
-            for number, line in numbered(self.open(path.relative_to(self.path)), self.limit):
-                fields = line.rstrip("\n").split("\t")
-                if number == 1 and len(fields) == 3 and not fields[2].strip().lstrip("-").isdigit():
-                    continue  # the header
-                if len(fields) != 3 or not fields[2].strip().lstrip("-").isdigit():
-                    self.bad_line(path, number, "not query-id, tab, corpus-id, tab, score")
-                elif fields[0] not in query_names:
-                    self.bad_line(path, number, f"no query in queries.jsonl has the _id {fields[0][:80]}")
-                elif fields[1] not in names:
-                    self.bad_line(path, number, f"no text in corpus.jsonl has the _id {fields[1][:80]}")
-                elif int(fields[2]) > 0:
-                    valid = "valid" not in qrels and split == "train" and seeded_split(fields[0].encode()) == "valid"
-                    pairs["valid" if valid else split].append((query_names[fields[0]], names[fields[1]]))
-        if "valid" not in qrels:
+        queries, query_names = self.named(self.open("queries.jsonl"), ("title", "text"), "question", "_id")
+        documents, names = self.named(self.open("corpus.jsonl"), ("title", "text"), "answer", "_id")
+
+        def parse(number: int, fields: list[str]) -> tuple[str, int, int] | None:
+            try:
+                score = int(fields[2]) if len(fields) == 3 else None
+            except ValueError:
+                if number == 1:
+                    return None  # the header
+                score = None
+            if score is None:
+                raise BadLine("not query-id, tab, corpus-id, tab, score")
+            if fields[0] not in query_names:
+                raise BadLine(f"no query in queries.jsonl has the _id {fields[0][:80]}")
+            if fields[1] not in names:
+                raise BadLine(f"no text in corpus.jsonl has the _id {fields[1][:80]}")
+            return (fields[0], query_names[fields[0]], names[fields[1]]) if score > 0 else None
+
+        wanted, published = self.wanted, True
+        files = {split: f"qrels/{split}.tsv" for split in SPLITS}
+        if not (self.path / files["valid"]).exists():
+            files["valid"] = "qrels/dev.tsv"  # BEIR's own name
+            published = (self.path / files["valid"]).exists()
+        if not published:  # the validation split is then some of the training queries
+            self.wanted = [*wanted, "train"]
             self.notes = "the validation split is a tenth of the training queries, by a hash"
+        pairs = {split: self.rows(split, file, parse) for split, file in files.items()}
+        if not published:
+            pairs["valid"] = [pair for pair in pairs["train"] if seeded_split(pair[0]) == "valid"]
+            pairs["train"] = [pair for pair in pairs["train"] if seeded_split(pair[0]) != "valid"]
+        self.wanted = wanted
         for split in self.wanted:
             if pairs[split]:
-                found = np.unique(pairs[split], axis=0)
-                examples = found + [0, len(queries)]
+                found = np.unique([pair[1:] for pair in pairs[split]], axis=0)
                 self.splits[split] = Split(
-                    texts, examples, gold=found[:, 1], query=np.unique(examples[:, 0], return_inverse=True)[1],
-                    candidates=len(queries) + np.arange(len(documents)), row=Row(queries, examples[:, 0]),
-                    candidate=Row(documents, np.arange(len(documents))), bytes=queries.bytes + documents.bytes)
+                    Texts((queries, 0), (documents, 0)), found + [0, len(queries)], gold=found[:, 1],
+                    query=np.unique(found[:, 0], return_inverse=True)[1],
+                    candidates=len(queries) + np.arange(len(documents)), row=Row(queries, found[:, 0]),
+                    candidate=Row(documents, np.arange(len(documents))), size=queries.bytes + documents.bytes)
 
-    def spool_csv(self) -> dict[str, list[Source]]:
+    def spool_csv(self) -> Source:
         """Questions.csv and Answers.csv (latin-1, bodies in HTML) as JSONL: each question with its best answer."""
         questions, answers = self.open("Questions.csv"), self.open("Answers.csv")
-        best: dict[str, tuple[int, int]] = {}  # question -> (-score, line) of its best answer, the first of equals
-        for line, (parent, score) in self.csv_rows(answers, "ParentId", "Score"):
-            if score.lstrip("-").isdigit():
-                best[parent] = min(best.get(parent, (math.inf, 0)), (-int(score), line))
-            else:
-                self.bad_line(answers.name, line, f'the score "{score[:80]}" is no number')
-        chosen = {line: parent for parent, (_, line) in best.items()}
-        places: dict[str, int] = {}
+        best: dict[str, tuple[int, int]] = {}  # question -> score of its best answer, and where in `bodies` that is
         with tempfile.TemporaryFile() as bodies:
-            for line, (body,) in self.csv_rows(answers, "Body"):
-                if line in chosen:
-                    places[chosen[line]] = bodies.tell()
+            for line, (parent, score, body) in self.csv_rows(answers, "ParentId", "Score", "Body"):
+                if not re.fullmatch(r"-?\d{1,9}", score):
+                    self.bad_line(answers, line, f'the score "{score[:80]}" is no number')
+                elif int(score) > best.get(parent, (-math.inf, 0))[0]:
+                    best[parent] = int(score), bodies.tell()
                     bodies.write(json.dumps(plain(body)).encode() + b"\n")
 
             def joined() -> Iterator[dict]:
                 for _, (identity, title, body) in self.csv_rows(questions, "Id", "Title", "Body"):
-                    if identity in places:
-                        bodies.seek(places[identity])
+                    if identity in best:
+                        bodies.seek(best[identity][1])
                         yield {"question": f"{title}\n{plain(body)}", "answer": json.loads(bodies.readline()),
                                "idx": identity}
 
@@ -1406,7 +1446,7 @@ class Reader:
         if not os.path.getsize(path):
             raise Problem(f"{questions.name}: none of its questions has an answer in {answers.name}")
         self.notes = "each question with its best-scored answer"
-        return {"all": [Source(questions.name, path, "")]}
+        return Source(questions.name, path, "")
 
     def csv_rows(self, source: Source, *columns: str) -> Iterator[tuple[int, list[str]]]:
         """(line number, those columns) of each row."""
@@ -1422,7 +1462,7 @@ class Reader:
                     if len(row) == len(header):
                         yield rows.line_num, [row[header.index(column)] for column in columns]
                     elif row:
-                        self.bad_line(source.name, rows.line_num,
+                        self.bad_line(source, rows.line_num,
                                       f"{len(row)} columns, where the header has {len(header)}")
             except (csv.Error, BadLine) as error:
                 raise Problem(f"{source.name}:{rows.line_num}: {error}") from None
@@ -1441,41 +1481,26 @@ class Row:
 class PairRow:
     """example -> the idx of its two functions."""
 
-    def __init__(self, functions: Records, examples: np.ndarray):
-        self.functions, self.examples = functions, examples
+    def __init__(self, names: list[str], examples: np.ndarray):
+        self.names, self.examples = names, examples
 
     def __call__(self, example: int) -> dict:
-        one, two = (self.functions[item][1] for item in self.examples[example])
-        return {"idx1": one, "idx2": two}
-
-
-def numbered(source: Source, limit: int | None = None) -> Iterator[tuple[int, str]]:
-    """(line number from 1, line) of a text file, without blank lines; the first `limit` of them."""
-    for count, (number, _offset, line) in enumerate(lines(source.path)):
-        if count == limit:
-            return
-        yield number, line.decode("utf-8-sig", "replace")
-
-
-def read_text(path: str | os.PathLike) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise Problem(f"{path}: not text in UTF-8") from None
+        one, two = self.examples[example]
+        return {"idx1": self.names[one], "idx2": self.names[two]}
 
 
 def spool_lines(rows: Iterable[dict]) -> str:
     """A temporary JSONL file of the rows; returns its path."""
-    path = os.path.join(spool_folder(), f"{len(os.listdir(spool_folder()))}.jsonl")
+    path = spool_path()
     with open(path, "w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row) + "\n")
+        file.writelines(json.dumps(row) + "\n" for row in rows)
     return path
 
 
 def plain(html_text: str) -> str:
-    """The text of StackOverflow's HTML: tags out, entities resolved, code as it was."""
-    return html.unescape(re.sub(r"</?[A-Za-z][^<>]*>|<!--.*?-->", "", html_text, flags=re.DOTALL)).strip()
+    """The text of StackOverflow's HTML: tags out, a line end where a block ends, entities resolved, code as it was."""
+    text = re.sub(r"<br ?/?>|</(?:p|li|td|th|tr|h\d|div|pre|blockquote)>", "\n", html_text)
+    return html.unescape(re.sub(r"</?[A-Za-z][^<>]*>|<!--.*?-->", "", text, flags=re.DOTALL)).strip()
 
 
 # ---- corpora of source trees ------------------------------------------------------------------------
@@ -1603,6 +1628,20 @@ def positions(source: str) -> tuple[list[str], list[int], Callable[[int, int], i
     return rows, starts, until
 
 
+def docstring_place(source: str, node: ast.stmt) -> tuple[int, int, str]:
+    """Where in the source a function's docstring begins and ends, and what is to stand there instead."""
+    _, starts, until = positions(source)
+    literal = node.body[0]
+    begin, end = until(literal.lineno, literal.col_offset), until(literal.end_lineno, literal.end_col_offset)
+    if len(node.body) == 1:
+        return begin, end, "pass"
+    rest = re.compile(r"[ \t]*").match(source, end).end()
+    # the docstring's whole line goes, unless a statement or a comment shares it
+    if source.startswith("\n", rest) and not source[starts[literal.lineno - 1]:begin].strip():
+        return starts[literal.lineno - 1], rest + 1, ""
+    return begin, re.compile(r"[ \t]*;?[ \t]*").match(source, end).end(), ""
+
+
 def python_functions(source: str, tree: ast.Module) -> Iterator[dict]:
     """Each function and method, decorators included, with its docstring apart and its indent taken off.
 
@@ -1625,17 +1664,8 @@ def python_functions(source: str, tree: ast.Module) -> Iterator[dict]:
         record = {"name": node.name, "line": first} | ({"method": True} if method else {})
         code, docstring = source[begin:end], ast.get_docstring(node)
         if docstring is not None:
-            literal = node.body[0]
-            a, b = until(literal.lineno, literal.col_offset), until(literal.end_lineno, literal.end_col_offset)
-            if len(node.body) == 1:
-                code = source[begin:a] + "pass" + source[b:end]
-            else:
-                rest = source[b:end].lstrip(" \t")
-                # the docstring's whole line goes, unless a statement or a comment shares it
-                if rest.startswith("\n") and not source[starts[literal.lineno - 1]:a].strip():
-                    code = source[begin:starts[literal.lineno - 1]] + rest[1:]
-                else:
-                    code = source[begin:a] + rest.removeprefix(";").lstrip(" \t")
+            a, b, instead = docstring_place(source, node)
+            code = source[begin:a] + instead + source[b:end]
             if docstring.strip():
                 record["docstring"] = docstring.strip()
         indent = rows[first - 1][:len(rows[first - 1]) - len(rows[first - 1].lstrip(" \t\f"))]
@@ -1773,8 +1803,10 @@ def obfuscate(code: str, method: bool = False) -> str | None:
 
     own = tree.body[0]
     places = list(variables(own, method))
-    bound = [place for place in places if place[3] is own or place[0].binds(place[1])]
-    taken = {name for scope, name, _, node in places if node is not own and not scope.binds(name)}
+    decorators = {id(node) for decorator in own.decorator_list for node in ast.walk(decorator)}
+    bound = [place for place in places if place[3] is own or place[0].binds(place[1])
+             or place[1] == own.name and id(place[3]) in decorators]  # @name.setter def name
+    taken = {place[1] for place in places if place not in bound}
     roles: dict[str, str] = {}
     for _, name, role, node in sorted(bound, key=lambda place: (place[3].lineno, place[3].col_offset)):
         roles[name] = role if roles.get(name, "var") == "var" else roles[name]
@@ -1845,7 +1877,7 @@ def typed_tokens(source: str, always: bool = False) -> tuple[list[str], list[str
     return [well_formed(tokens[i].string) for i in kept], [labels[i] and well_formed(labels[i]) for i in kept]
 
 
-FIRST_FIELD = {"advtest": "docstring", "typeinf": "tokens"}
+MADE = ("advtest", "typeinf")  # the tasks that can be made of source trees
 
 
 def build_benchmark(task: str, paths: Iterable[str], folder: str) -> None:
@@ -1854,16 +1886,15 @@ def build_benchmark(task: str, paths: Iterable[str], folder: str) -> None:
     advtest: the first paragraph of a docstring, and the function without it, chosen as CodeSearchNet does (at least
     three words and three lines, no test, no special method); in valid and test the function is obfuscated.
     typeinf: the tokens of a file and the types of some, from its annotations; and vocab_50000.txt of the training
-    split's types. Files are split 80/10/10 by a hash of their path, text seen before is dropped. Raises `Problem`.
+    split's types. Files are split 80/10/10 by a hash of their path. Text seen before is dropped, of functions also
+    what differs in the names alone. Raises `Problem`.
     """
-    start = json.dumps({FIRST_FIELD[task]: 0})[:-2].encode()
     files = [f"{split}.jsonl" for split in SPLITS] + (["vocab_50000.txt"] if task == "typeinf" else [])
     if os.path.exists(folder) and not os.path.isdir(folder):
         raise Problem(f"{folder} is a file: give -o the name of a folder")
-    for file in map(Path(folder).joinpath, files):
-        ours = UNK.encode() if file.suffix == ".txt" else start
-        if file.exists() and not (file.is_file() and starts_with(str(file), ours)):
-            raise Problem(f"{file} exists and is no file that this command wrote: give another -o")
+    for file in files:
+        if os.path.lexists(os.path.join(folder, file)):
+            raise Problem(f"{os.path.join(folder, file)} exists: remove it, or give another -o")
     paths = list(paths)
     seen: set[bytes] = set()
     found: list[tuple[str, int, int]] = []  # path of the source, and where its records are in the spool
@@ -1871,7 +1902,8 @@ def build_benchmark(task: str, paths: Iterable[str], folder: str) -> None:
         for source, _language, path in read_sources(paths, ["python"]):
             begin = spooled.tell()
             for record in benchmark_records(task, source, path):
-                if add(seen, record["code"] if task == "advtest" else "\0".join(record["tokens"])):
+                same = (record["hidden"] or record["code"]) if task == "advtest" else "\0".join(record["tokens"])
+                if add(seen, same):
                     spooled.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
             if spooled.tell() > begin:
                 found.append((path, begin, spooled.tell()))
@@ -1879,7 +1911,7 @@ def build_benchmark(task: str, paths: Iterable[str], folder: str) -> None:
             raise Problem(f"{', '.join(paths)}: only {len(found)} files with something to learn "
                           f"({'functions with docstrings' if task == 'advtest' else 'annotations'}): "
                           "three splits need more")
-        found.sort(key=lambda file: blake2b(file[0].encode(), digest_size=8, person=b"split").digest())
+        found.sort(key=lambda file: digest(file[0]))
         tenth = max(1, len(found) // 10)
         parts = {"test": found[:tenth], "valid": found[tenth:2 * tenth], "train": found[2 * tenth:]}
         os.makedirs(folder, exist_ok=True)
@@ -1892,19 +1924,17 @@ def build_benchmark(task: str, paths: Iterable[str], folder: str) -> None:
                     for line in spooled.read(end - begin).splitlines():
                         record = json.loads(line)
                         if task == "advtest":
-                            method = record.pop("method")
-                            if split != "train":
-                                record["code"] = obfuscate(record["code"], method)
-                            if not record["code"] or split != "train" and not add(seen, record["code"]):
+                            hidden = record.pop("hidden")
+                            if split != "train" and not hidden:
                                 dropped += 1
                                 continue
-                            record["idx"] = written
+                            record |= {"code": record["code"] if split == "train" else hidden, "idx": written}
                         elif split == "train":
                             types.update(label for label in record["labels"] if label is not None)
                         out.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
                         written += 1
             say(f"{split}: {written:,} {'functions' if task == 'advtest' else 'files'} of {len(parts[split]):,} source "
-                "files" + (f"; {dropped:,} left out, the same as another or not to be obfuscated" if dropped else ""))
+                "files" + (f"; {dropped:,} left out, whose names cannot be replaced" if dropped else ""))
         if task == "typeinf":
             names = [UNK, "Any"] + [name for name, _ in types.most_common() if name not in (UNK, "Any")]
             with atomic(os.path.join(folder, "vocab_50000.txt")) as out:
@@ -1931,6 +1961,6 @@ def benchmark_records(task: str, source: str, path: str) -> Iterator[dict]:
                 continue
             ast.parse(code)  # a string over several lines may have lost its indent, and more
             yield {"docstring": well_formed(text), "code": well_formed(code), "url": f"{path}#L{function['line']}",
-                   "method": function.get("method", False)}
+                   "hidden": obfuscate(well_formed(code), function.get("method", False))}
     except (SyntaxError, ValueError, RecursionError, MemoryError, tokenize.TokenError, IndexError):
         return

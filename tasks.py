@@ -102,7 +102,8 @@ class MLM(nn.Module):
     def metrics(self, outputs: torch.Tensor, _split: Split | None = None) -> dict[str, float]:
         """Loss in nats a predicted token, accuracy, perplexity = exp(loss)."""
         loss, correct, count = outputs.tolist()
-        return {"loss": loss / count, "accuracy": correct / count, "perplexity": math.exp(min(loss / count, 700))}
+        count = count or math.nan
+        return {"loss": loss / count, "accuracy": correct / count, "perplexity": math.exp(min(700, loss / count))}
 
     @staticmethod
     def score(metrics: dict[str, float]) -> float:
@@ -317,7 +318,8 @@ def rank(queries: torch.Tensor, candidates: torch.Tensor, query: np.ndarray, gol
         row = torch.from_numpy(query[own] - start).to(scores.device)
         right = scores[row, torch.from_numpy(gold[own]).to(scores.device)]
         least = torch.full_like(scores[:, 0], -math.inf).scatter_reduce_(0, row, right, "amax") - TIE
-        ahead = (scores > least[:, None]).sum(1).index_add_(0, row, (right > least[row]).long(), alpha=-1)
+        # (not <= rather than >, so that what is not a number comes last)
+        ahead = (~(scores <= least[:, None])).sum(1).index_add_(0, row, (~(right <= least[row])).long(), alpha=-1)
         ranks.append(ahead.cpu() + 1)
         top.append(scores.topk(min(best, len(candidates)), sorted=True).indices.cpu())
     return torch.cat(ranks).numpy(), torch.cat(top).numpy()
@@ -368,7 +370,9 @@ class Tagging(nn.Module):
         return windows
 
     def predict(self, ids, lengths, targets) -> torch.Tensor:
-        return self.logits(ids, lengths, targets).argmax(-1)
+        """The numbers of the best labels; few logits at a time, as every word may be asked for."""
+        hidden = self.encoder(ids, lengths)[targets != IGNORE]
+        return torch.cat([self.head(part).argmax(-1) for part in hidden.split(1024)])
 
     def metrics(self, outputs: list[tuple[np.ndarray, np.ndarray]], _split: Split) -> dict[str, float]:
         """Accuracy (= micro F1), weighted F1 and F1 as published, and of typeinf the same for the top 100 types.
@@ -745,7 +749,8 @@ def train(task: nn.Module, batches: Batches, held_out: Batches, output: Output, 
                     started += time.monotonic() - paused
                     evaluated = step
                     output.record(step=step, **{f"valid_{name}": value for name, value in metrics.items()})
-                    if best is None or task.score(metrics) > task.score(best[0]):
+                    # not what has learned nothing; of equals the one that has learned longest
+                    if step and (best is None or task.score(metrics) >= task.score(best[0])):
                         weights = {name: w.detach().to("cpu", copy=True) for name, w in task.state_dict().items()}
                         best = metrics, weights
                 if step == steps:
@@ -758,7 +763,7 @@ def train(task: nn.Module, batches: Batches, held_out: Batches, output: Output, 
                     group["lr"] = rate
                 window.append(one_step(task, optimizer, batch, accumulate))
                 step += 1
-                tokens += int(batch.lengths.sum())
+                tokens += int(batch.lengths.sum() + (batch.second[1].sum() if batch.second else 0))
                 bar.update()
 
                 now = time.monotonic()
