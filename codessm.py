@@ -226,10 +226,14 @@ def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> nn.Modu
     """
     content = tasks.read(path)
     try:
+        tokenizer = Tokenizer(content["tokenizer"], str(path))
         with torch.device("meta"):  # shapes alone: the weights come from the file
-            model = tasks.build(content, Encoder(**content["config"]), Tokenizer(content["tokenizer"], str(path)))
-        model.load_state_dict(content["weights"], assign=True)
-    except (KeyError, TypeError, RuntimeError):
+            model = tasks.build(content, Encoder(**content["config"]), tokenizer)
+        weights = {name: weight.to_dense().float() for name, weight in content["weights"].items()}
+        model.load_state_dict(weights, assign=True)
+        if tokenizer.vocab > content["config"]["vocab"]:
+            raise ValueError
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
         raise Problem(f"{path}: its weights do not fit its configuration, so it is no whole checkpoint") from None
     return model.to(device).eval()
 
@@ -299,7 +303,7 @@ def choose_device(name: str) -> torch.device:
 OPTIONS = {
     "--ckpt": dict(metavar="FILE", required=True, help="The checkpoint."),
     "--data": dict(metavar="PATH"),
-    "--ctx": dict(type=click.IntRange(8)),
+    "--ctx": dict(type=click.IntRange(8, 2**24)),
     "--size": dict(type=click.Choice(list(SIZES)),
                    help="12 layers of width 1024, 6 of 512, 4 of 128.  [default: base]"),
     "--tokenizer": dict(metavar="FILE", help="A Hugging Face tokenizer.json.  [default: train one on the data]"),
@@ -307,7 +311,7 @@ OPTIONS = {
                     help="Entries of a trained tokenizer.  [default: 32100; tiny: 4096]"),
     "--steps": dict(type=click.IntRange(1), help="Optimizer steps; or give --epochs."),
     "--epochs": dict(type=click.IntRange(1)),
-    "--batch": dict(default=32, show_default=True, type=click.IntRange(1), help="Samples a step."),
+    "--batch": dict(default=32, show_default=True, type=click.IntRange(1, 2**20), help="Samples a step."),
     "--accumulate": dict(default=1, show_default=True, type=click.IntRange(1),
                          help="Cut each batch into so many pieces, to save memory."),
     "--lr": dict(type=click.FloatRange(0, min_open=True)),
@@ -347,8 +351,13 @@ def check_training(steps, epochs, vocab, tokenizer_path, lr) -> None:
         raise click.UsageError("give --tokenizer or --vocab, not both: a given tokenizer has its own entries")
     if lr and not math.isfinite(lr):
         raise click.UsageError(f"--lr {lr} is not a number to learn with")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
         raise Problem("this version trains in one process: start it without torchrun, or with --nproc-per-node 1")
+
+
+def default_learning_rate(d: int, pretrained: bool = False) -> float:
+    """The peak one; 5e-5 is the papers' for fine-tuning."""
+    return 2e-3 if d <= SIZES["tiny"]["d"] else 5e-5 if pretrained else 3e-4
 
 
 def default_workers(workers: int | None) -> int:
@@ -405,7 +414,7 @@ def pretrain(corpus, ctx, size, tokenizer_path, vocab, steps, epochs, batch, acc
     check_training(steps, epochs, vocab, tokenizer_path, lr)
     if steps is None and epochs is None:
         epochs = 1
-    lr = lr or (2e-3 if size == "tiny" else 3e-4)
+    lr = lr or default_learning_rate(SIZES[size]["d"])
     started, device, workers = time.monotonic(), choose_device(device), default_workers(workers)
     with tasks.Output(output_path, restart) as output:
         given = data.load_tokenizer(tokenizer_path) if tokenizer_path is not None else None
@@ -470,11 +479,6 @@ def task_argument(*more: str) -> Callable:
     return click.argument("name", metavar="TASK", type=click.Choice([*data.TASKS, *more]))
 
 
-def read_task(name: str, data_path: str | None, **choices) -> data.Reader:
-    """The files of a task, its own name being the folder that they are in unless another is given."""
-    return data.Reader(name, name if data_path is None else data_path, **choices)
-
-
 def describe_data(reader: data.Reader) -> str:
     """What was read, for people."""
     parts = [f"{len(split):,} {name}" for name, split in reader.splits.items()]
@@ -519,12 +523,14 @@ def finetune(name, ckpt, data_path, ctx, size, tokenizer_path, vocab, steps, epo
     if steps is None and epochs is None:
         epochs = benchmark.epochs
     started, device, workers = time.monotonic(), choose_device(device), default_workers(workers)
+    if ckpt is not None and os.path.realpath(ckpt) in map(os.path.realpath, (output_path, f"{output_path}.state")):
+        raise Problem(f"-o {output_path} would replace what --ckpt {ckpt} is read from: give another -o")
     with tasks.Output(output_path, restart) as output:
         pretrained = load(ckpt) if ckpt is not None else None
         given = data.load_tokenizer(tokenizer_path) if tokenizer_path is not None else None
-        small = pretrained.encoder.config["d"] <= SIZES["tiny"]["d"] if pretrained else size == "tiny"
-        lr = lr or LEARNING_RATE[pretrained is not None, small]
-        reader = read_task(name, data_path, limit=limit, skip_bad=skip_bad)
+        d = pretrained.encoder.config["d"] if pretrained else SIZES[size]["d"]
+        lr = lr or default_learning_rate(d, pretrained is not None)
+        reader = data.Reader(name, data_path or name, limit=limit, skip_bad=skip_bad)
         settings = dict(
             corpus={source.name: source.mark for source in reader.sources.values()}, task=name, limit=limit,
             skip_bad=skip_bad, ctx=ctx, ckpt=data.open_source(ckpt).mark if pretrained else None,
@@ -570,8 +576,9 @@ def finetune(name, ckpt, data_path, ctx, size, tokenizer_path, vocab, steps, epo
             try:
                 scores, _ = tasks.evaluate(task, test.each(batch, lengths), test, workers)
             except KeyboardInterrupt as interrupt:
-                raise Problem(f"interrupted: {output_path} is written; `codessm evaluate {name} --ckpt {output_path}` "
-                              "scores the test split", 143 if isinstance(interrupt, Terminated) else 130) from None
+                code = 143 if isinstance(interrupt, Terminated) else 130
+                raise Problem(f"interrupted: {output_path} is written; `codessm evaluate {name} --ckpt {output_path} "
+                              f"--data {reader.path}` scores the test split", code) from None
             output.record(step=steps, **{f"test_{key}": value for key, value in scores.items()})
             result |= {f"test_{key}": value for key, value in scores.items()}
     result |= dict(seconds=round(time.monotonic() - started, 1), peak_memory=peak_memory(device))
@@ -583,10 +590,6 @@ def finetune(name, ckpt, data_path, ctx, size, tokenizer_path, vocab, steps, epo
         click.echo(f"valid  {shown(metrics, benchmark.metric)}")
         if "test" in reader.splits:
             click.echo(f"test   {shown(scores, benchmark.metric)}")
-
-
-# (from a checkpoint, tiny) -> the default peak learning rate of fine-tuning
-LEARNING_RATE = {(True, False): 5e-5, (False, False): 3e-4, (True, True): 2e-3, (False, True): 2e-3}
 
 
 def load_for(name: str, path: str, device: torch.device) -> nn.Module:
@@ -625,7 +628,9 @@ def evaluate(name, ckpt, data_path, ctx, batch, limit, skip_bad, code_field, tex
     started, device, workers = time.monotonic(), choose_device(device), default_workers(workers)
     model = load_for(name, ckpt, device)
     if predictions is not None:
-        data.check_writable(predictions)
+        data.check_writable(predictions, "--predictions")
+        if os.path.exists(predictions):
+            raise Problem(f"{predictions} exists: give --predictions another name, or remove it")
     if name == "mlm":
         sources = data.find_sources([data_path]) if data_path is not None else [data.standard_library()]
         corpus = data.Corpus(sources, code_field, text_field, limit, skip_bad)
@@ -639,8 +644,8 @@ def evaluate(name, ckpt, data_path, ctx, batch, limit, skip_bad, code_field, tex
         facts, count = f"{len(corpus):,} records" + (f"; {corpus.bad:,} bad lines passed over" if corpus.bad else ""), \
             len(records)
     else:
-        reader = read_task(name, data_path, wanted=[split], required=[split], labels=model.labels, limit=limit,
-                           skip_bad=skip_bad)
+        reader = data.Reader(name, data_path or name, wanted=[split], required=[split], labels=model.labels,
+                             limit=limit, skip_bad=skip_bad)
         ctx, part, facts = ctx or model.ctx, reader.splits[split], describe_data(reader)
         count = len(part)
         if not len(part.prepare(model.tokenizer, ctx)):
@@ -651,10 +656,12 @@ def evaluate(name, ckpt, data_path, ctx, batch, limit, skip_bad, code_field, tex
     describe(data=facts, samples=f"ctx {ctx}, padded to {', '.join(map(str, lengths))}")
     metrics, outputs = tasks.evaluate(model, batches, part, workers)
     if not all(map(math.isfinite, metrics.values())):
-        raise Problem(f"nothing could be predicted in {data_path}" if name == "mlm" else f"{ckpt}: not a number", 1)
+        if name == "mlm" and not outputs[-1]:
+            raise Problem(f"{data_path}: nothing could be predicted: the corpus is too small")
+        raise Problem(f"{ckpt}: {NOT_NUMBERS}", 1)
     if predictions is not None:
         with data.atomic(predictions) as file:
-            file.writelines(line.encode() + b"\n" for line in model.lines(outputs, part))
+            file.writelines(line.encode("utf-8", "replace") + b"\n" for line in model.lines(outputs, part))
     result = dict(task=name, split=split, examples=count, **metrics, encoded=len(batches.records),
                   seconds=round(time.monotonic() - started, 1), peak_memory=peak_memory(device))
     if as_json:
@@ -664,6 +671,7 @@ def evaluate(name, ckpt, data_path, ctx, batch, limit, skip_bad, code_field, tex
         click.echo(f"{name} {split}, {count:,} examples in {result['seconds']:.0f} s: {sentence}")
 
 
+NOT_NUMBERS = "what the model says is no number: its training went wrong, try a lower --lr"
 PREDICT = 4096  # records at a time
 
 
@@ -672,11 +680,11 @@ PREDICT = 4096  # records at a time
 @options("--ckpt --ctx --batch --device", ctx="Tokens a function.  [default: as trained]",
          batch="Samples at a time; the result does not depend on it.")
 def predict(files, ckpt, ctx, batch, device):
-    """Predict for FILES: JSONL, source files, or - (the default), standard input with JSONL.
+    """Predict for FILES: JSONL, source files, folders of source files, or - (the default), JSONL on standard input.
 
-    A line of JSONL comes out for each that goes in, in the same order, with what it held and `prediction` and
+    A line of JSONL comes out for each that goes in, in the same order, with what else it held and `prediction` and
     `probabilities` (of a pair `prediction` and `score`, of retrieval `score`, the cosine of text and code, of tagging
-    `predictions`, one a token). Of a source file a line comes out with its `path`.
+    `predictions`, one a token). For a source file a line comes out with its `path`.
     """
     device = choose_device(device)
     model = load(ckpt, device)
@@ -685,14 +693,20 @@ def predict(files, ckpt, ctx, batch, device):
     ctx = ctx or model.ctx
     parse = partial(data.parse_example, data.prediction_task(model.name), labelled=False)
     for path, source, hidden in data.prediction_sources(files or ["-"], model.name):
+        if not os.path.getsize(source.path):
+            continue
         records = data.Records([source], parse)
         for start in data.progress(range(0, len(records), PREDICT), desc=f"predicting {path}", leave=False):
             rows = np.arange(start, min(start + PREDICT, len(records)))
             split = data.unlabelled(model.name, records, rows).prepare(model.tokenizer, ctx)
-            batches = split.each(batch, data.static_lengths(split.items, split.distinct, ctx))
+            batches = split.each(batch, data.static_lengths(split.items, split.distinct, ctx, 256))
             with torch.no_grad(), closing(batches.stream(stop=len(batches))) as stream:
                 for row, result in zip(rows, model.results(stream, split)):
                     kept = data.parse_json(records.line(row))
+                    try:
+                        json.dumps(result, allow_nan=False)
+                    except ValueError:
+                        raise Problem(f"{ckpt}: {NOT_NUMBERS}", 1) from None
                     click.echo(json.dumps({k: v for k, v in kept.items() if k not in hidden} | result))
 
 

@@ -122,13 +122,13 @@ def atomic(path: str | os.PathLike) -> Iterator[io.BufferedWriter]:
         os.close(directory)
 
 
-def check_writable(path: str | os.PathLike) -> None:
-    """Raise a `Problem` unless a file could be written at `path` now."""
+def check_writable(path: str | os.PathLike, option: str = "-o") -> None:
+    """Raise a `Problem` unless a file could be written at `path`, which an option names, now."""
     folder = os.path.dirname(os.path.realpath(path))
     if not path or os.path.isdir(path):
-        raise Problem(f"{path or 'an empty name'} is a folder: give -o the name of a file")
+        raise Problem(f"{path or 'an empty name'} is a folder: give {option} the name of a file")
     if os.path.exists(path) and not os.path.isfile(path):
-        raise Problem(f"{path} is no plain file: give -o another name")
+        raise Problem(f"{path} is no plain file: give {option} another name")
     if not os.path.isdir(folder):
         raise Problem(f"cannot write {path}: there is no folder {folder}")
     try:
@@ -605,12 +605,12 @@ def sides(sample) -> tuple[list[int], ...]:
     return sample if isinstance(sample, tuple) else (sample,)
 
 
-def static_lengths(samples: Callable, records: np.ndarray, ctx: int) -> list[int]:
-    """The lengths to which batches of these samples are padded."""
-    return choose_lengths(sample_lengths(samples, records), ctx)
+def static_lengths(samples: Callable, records: np.ndarray, ctx: int, most: int = 4096) -> list[int]:
+    """The lengths to which batches of these samples are padded, chosen by at most `most` of them."""
+    return choose_lengths(sample_lengths(samples, records, most), ctx)
 
 
-def sample_lengths(samples: Callable, records: np.ndarray, most: int = 4096) -> np.ndarray:
+def sample_lengths(samples: Callable, records: np.ndarray, most: int) -> np.ndarray:
     """Token counts, int64, of the epoch-0 samples of at most `most` of the records, evenly spaced."""
     chosen = records[np.linspace(0, len(records) - 1, min(most, len(records))).astype(int)]
     return np.array([max(map(len, sides(samples(int(record)))))
@@ -1103,7 +1103,8 @@ def prediction_sources(paths: Iterable[str], name: str) -> Iterator[tuple[str, S
     kind = TASKS[name].kind
     for path in map(str, paths):
         language = LANGUAGES.get(os.path.splitext(path)[1].lower())
-        if path == "-" or language is None and not os.path.isdir(path):
+        folder = os.path.isdir(path) and any(source_files([path]))
+        if path == "-" or language is None and not folder:
             for source in find_sources([path]):
                 yield source.name, source, set()
             continue
@@ -1114,15 +1115,21 @@ def prediction_sources(paths: Iterable[str], name: str) -> Iterator[tuple[str, S
         yield path, Source(path, spool_lines(file_rows(path, kind)), ""), {"code"}
 
 
+# what Python's parser and tokenizer raise at source that is wrong or nested too deeply
+UNPARSABLE = SyntaxError, ValueError, RecursionError, MemoryError, IndexError, tokenize.TokenError
+
+
 def file_rows(path: str, kind: str) -> Iterator[dict]:
     """A record to predict for of each source file under `path`."""
     for source, _language, relative in read_sources([path], ["python"] if kind == "tag" else ()):
         name = os.path.join(path, relative) if os.path.isdir(path) else path
         if kind == "tag":
             try:
-                yield {"path": name, "tokens": typed_tokens(source, always=True)[0]}
-            except (SyntaxError, ValueError, RecursionError, tokenize.TokenError) as error:
-                raise Problem(f"{name}: not Python that parses ({error})") from None
+                tokens = typed_tokens(source, always=True)[0]
+            except UNPARSABLE as error:
+                raise Problem(f"{name}: not Python that parses ({error or type(error).__name__})") from None
+            if tokens:
+                yield {"path": name, "tokens": tokens}
         elif source.strip():
             yield {"path": name, "code": source}
 
@@ -1158,7 +1165,7 @@ class Reader:
     def __init__(self, name: str, path: str, wanted: Iterable[str] = SPLITS, required: Iterable[str] = SPLITS[:2],
                  labels: list[str] | None = None, limit: int | None = None, skip_bad: bool = False):
         self.name, self.path, self.task, self.limit, self.skip_bad = name, Path(path), TASKS[name], limit, skip_bad
-        self.wanted, self.bad, self.notes = list(wanted), 0, ""
+        self.wanted, self.required, self.bad, self.notes = list(wanted), required, 0, ""
         self.sources: dict[str, Source] = {}
         self.splits: dict[str, Split] = {}
         self.labels = list(labels or self.task.labels)
@@ -1191,7 +1198,7 @@ class Reader:
         if not path.exists():
             raise self.expected(f"{path}: no such file")
         if not path.is_file():
-            raise Problem(f"{path} is no plain file")
+            raise Problem(f"{path} is no plain file: a benchmark is read more than once")
         source = open_source(str(path))
         self.sources[source.name] = source
         return source
@@ -1214,8 +1221,8 @@ class Reader:
         if split not in self.wanted or not (self.path / file).exists():
             return []
         source, found = self.open(file), []
-        for count, (number, _offset, line) in enumerate(lines(source.path)):
-            if count == self.limit:
+        for number, _offset, line in lines(source.path):
+            if len(found) == self.limit:
                 break
             try:
                 row = parse(number, line.decode("utf-8-sig", "replace").rstrip("\r\n").split("\t"))
@@ -1236,8 +1243,9 @@ class Reader:
 
     def find_rows(self, has: set[str]) -> list[tuple[str | None, Source]]:
         """(split, file) of each file that is read; the split is None of one that holds all of them."""
-        if self.path.is_file():
+        if not self.path.is_dir():
             return [(None, self.open(self.path))]
+        has = {file for file in has if os.path.isfile(self.path / file)}
         ending = r"\.jsonl(\.gz)?"
         found = {split: sorted(f for f in has if re.fullmatch(split + r"\d*" * (split == "train") + ending, f))
                  for split in SPLITS}
@@ -1247,6 +1255,9 @@ class Reader:
                 raise self.expected(f"{self.path}: no train.jsonl there"
                                     + (f", and more than one other file: {listed(one)}" if one else ""))
             return [(None, self.open(one[0]))]
+        for split in self.required:
+            if not found[split]:
+                raise self.expected(f"{self.path}: there is no {split} split")
         return [(split, self.open(file)) for split, files in found.items() for file in files
                 if split in self.wanted or self.task.whole]
 
@@ -1283,7 +1294,7 @@ class Reader:
             self.labels = [UNK] + ["any"] * (self.name == "typeinf")
             self.labels += [label for label, _ in tags.most_common(50_000) if label not in self.labels]
         elif kind == "classify" and not given:
-            self.labels = sorted(set(labels), key=lambda x: (int(x) if x.isdecimal() else math.inf, x))
+            self.labels = sorted(set(labels), key=lambda x: (int(x) if x.isdecimal() and len(x) < 20 else math.inf, x))
             if len(self.labels) < 2:
                 raise Problem(f"{listed(s.name for s in records.sources)}: all examples have the same label, "
                               f"{labels[0]}: there is nothing to tell apart")
@@ -1436,11 +1447,13 @@ class Reader:
                     bodies.write(json.dumps(plain(body)).encode() + b"\n")
 
             def joined() -> Iterator[dict]:
-                for _, (identity, title, body) in self.csv_rows(questions, "Id", "Title", "Body"):
-                    if identity in best:
+                for line, (identity, title, body) in self.csv_rows(questions, "Id", "Title", "Body"):
+                    question = f"{title}\n{plain(body)}".strip()
+                    if not question:
+                        self.bad_line(questions, line, "the question is empty")
+                    elif identity in best:
                         bodies.seek(best[identity][1])
-                        yield {"question": f"{title}\n{plain(body)}", "answer": json.loads(bodies.readline()),
-                               "idx": identity}
+                        yield {"question": question, "answer": json.loads(bodies.readline()), "idx": identity}
 
             path = spool_lines(row for row in joined() if row["answer"])
         if not os.path.getsize(path):
@@ -1452,9 +1465,10 @@ class Reader:
         """(line number, those columns) of each row."""
         csv.field_size_limit(1 << 27)
         with open(source.path, encoding="latin-1", newline="") as file:
-            rows = csv.reader(progress(file, desc=f"reading {source.name}", unit=" lines"))
+            rows = csv.reader(progress(file, desc=f"reading {source.name}", unit=" lines"), strict=True)
             try:
                 header = next(rows, [])
+                header[:1] = [column.removeprefix("\xef\xbb\xbf") for column in header[:1]]  # a byte order mark
                 for column in columns:
                     if column not in header:
                         raise BadLine(f"no column {column}; the columns are {listed(header, 12) or 'none'}")
@@ -1597,7 +1611,7 @@ def read_source(path: str, language: str) -> str:
     try:
         with tokenize.open(path) if language == "python" else open(path, encoding="utf-8-sig") as file:
             return file.read()
-    except (SyntaxError, UnicodeDecodeError, LookupError):
+    except (SyntaxError, UnicodeError, LookupError):
         raise BadLine("not text in UTF-8 or its declared encoding") from None
 
 
@@ -1618,7 +1632,7 @@ def cut_source(source: str, language: str) -> Iterator[dict]:
 
 def positions(source: str) -> tuple[list[str], list[int], Callable[[int, int], int]]:
     """The lines of a source, where each starts, and the index in it of an ast position."""
-    rows = io.StringIO(source).readlines()
+    rows = re.findall(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+", source)  # what ends a line for ast
     starts = np.cumsum([0, *map(len, rows)]).tolist()
 
     def until(line: int, column: int) -> int:
@@ -1889,11 +1903,10 @@ def build_benchmark(task: str, paths: Iterable[str], folder: str) -> None:
     split's types. Files are split 80/10/10 by a hash of their path. Text seen before is dropped, of functions also
     what differs in the names alone. Raises `Problem`.
     """
-    files = [f"{split}.jsonl" for split in SPLITS] + (["vocab_50000.txt"] if task == "typeinf" else [])
-    if os.path.exists(folder) and not os.path.isdir(folder):
-        raise Problem(f"{folder} is a file: give -o the name of a folder")
-    for file in files:
-        if os.path.lexists(os.path.join(folder, file)):
+    if not folder or os.path.exists(folder) and not os.path.isdir(folder):
+        raise Problem(f"{folder or 'an empty name'} is no folder: give -o the name of one")
+    for file in sorted(os.listdir(folder)) if os.path.exists(folder) else ():
+        if re.fullmatch(r"(train\d*|valid|test)\.jsonl(\.gz)?|vocab_50000\.txt", file):
             raise Problem(f"{os.path.join(folder, file)} exists: remove it, or give another -o")
     paths = list(paths)
     seen: set[bytes] = set()
@@ -1962,5 +1975,5 @@ def benchmark_records(task: str, source: str, path: str) -> Iterator[dict]:
             ast.parse(code)  # a string over several lines may have lost its indent, and more
             yield {"docstring": well_formed(text), "code": well_formed(code), "url": f"{path}#L{function['line']}",
                    "hidden": obfuscate(well_formed(code), function.get("method", False))}
-    except (SyntaxError, ValueError, RecursionError, MemoryError, tokenize.TokenError, IndexError):
+    except UNPARSABLE:
         return

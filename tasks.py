@@ -187,7 +187,7 @@ class Classification(nn.Module):
     def metrics(self, outputs: np.ndarray, split: Split) -> dict[str, float]:
         """Accuracy; macro and weighted averages; of two classes also F1, precision and recall of the second."""
         gold, predicted = split.labels, outputs.argmax(1)
-        metrics = {"accuracy": float((gold == predicted).mean())}
+        metrics = {"accuracy": float((gold == predicted).mean()) if np.isfinite(outputs).all() else math.nan}
         for average in ("macro", "weighted", *(["binary"] if len(self.labels) == 2 else [])):
             prefix = "" if average == "binary" else f"{average}_"
             for name, value in zip(("precision", "recall", "f1"), precision_recall_f1(gold, predicted, average)):
@@ -199,7 +199,7 @@ class Classification(nn.Module):
 
     def results(self, batches: Iterable[Batch], split: Split) -> Iterator[dict]:
         """The label and the probability of each, or the score of a pair, which is that of label 1."""
-        numbers = all(label.isdigit() for label in self.labels)
+        numbers = all(label.isdecimal() and len(label) < 20 and str(int(label)) == label for label in self.labels)
         for row in self.outputs(batches, split).tolist():
             label = self.labels[int(np.argmax(row))]
             found = {"prediction": int(label) if numbers else label}
@@ -210,7 +210,7 @@ class Classification(nn.Module):
         for example, best in enumerate(outputs.argmax(1)):
             row = split.row(example)
             names = [row["idx1"], row["idx2"]] if "idx1" in row else [row.get("idx", example)]
-            yield "\t".join([*map(str, names), self.labels[best]])
+            yield "\t".join(" ".join(str(name).split()) for name in [*names, self.labels[best]])
 
 
 def classify(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -264,11 +264,12 @@ class Retrieval(nn.Module):
         _, first = np.unique(split.query, return_index=True)
         queries = table[np.searchsorted(split.distinct, split.examples[first, 0])]
         candidates = table[np.searchsorted(split.distinct, split.candidates)]
-        return rank(queries, candidates, split.query, split.gold)
+        ranks, top = rank(queries, candidates, split.query, split.gold)
+        return ranks if table.isfinite().all() else ranks * np.nan, top
 
     def metrics(self, outputs: tuple[np.ndarray, np.ndarray], _split: Split) -> dict[str, float]:
         """MRR = mean of 1 / rank; recall@k = share of queries with rank <= k."""
-        ranks = outputs[0]
+        ranks = outputs[0] if np.isfinite(outputs[0]).all() else np.full(1, np.nan)
         return {"mrr": float((1 / ranks).mean())} | {f"recall@{k}": float((ranks <= k).mean()) for k in (1, 5, 10)}
 
     def results(self, batches: Iterable[Batch], split: Split) -> Iterator[dict]:
@@ -370,9 +371,10 @@ class Tagging(nn.Module):
         return windows
 
     def predict(self, ids, lengths, targets) -> torch.Tensor:
-        """The numbers of the best labels; few logits at a time, as every word may be asked for."""
+        """The numbers of the best labels, -1 of none; few logits at a time, as every word may be asked for."""
         hidden = self.encoder(ids, lengths)[targets != IGNORE]
-        return torch.cat([self.head(part).argmax(-1) for part in hidden.split(1024)])
+        best = torch.cat([self.head(part).argmax(-1) for part in hidden.split(1024)])
+        return best.masked_fill(~hidden.isfinite().all(-1), -1)
 
     def metrics(self, outputs: list[tuple[np.ndarray, np.ndarray]], _split: Split) -> dict[str, float]:
         """Accuracy (= micro F1), weighted F1 and F1 as published, and of typeinf the same for the top 100 types.
@@ -387,7 +389,8 @@ class Tagging(nn.Module):
             gold, predicted = (np.concatenate(side) for side in zip(*windows))
             if top and not len(gold):
                 continue
-            found[prefix + "accuracy"] = float((gold == predicted).mean())
+            told = all((predicted >= 0).all() for _, predicted in outputs)
+            found[prefix + "accuracy"] = float((gold == predicted).mean()) if told else math.nan
             found[prefix + "weighted_f1"] = precision_recall_f1(gold, predicted, "weighted")[2]
             names = [*self.labels, "\0\0"]  # the last, -1, is equal to no type
             found[prefix + "f1_published"] = f1_published(*([[names[i] for i in side] for side in sides]
@@ -398,7 +401,8 @@ class Tagging(nn.Module):
         """The tags of a file's words; its windows follow each other."""
         outputs = self.outputs(batches, split)
         for _, windows in itertools.groupby(zip(split.items.spans[:, 0], outputs), key=lambda window: window[0]):
-            yield {"predictions": [self.labels[i] for _, (_, predicted) in windows for i in predicted]}
+            yield {"predictions": [self.labels[i] if i >= 0 else math.nan for _, (_, predicted) in windows
+                                   for i in predicted]}
 
     def lines(self, outputs: list[tuple[np.ndarray, np.ndarray]], _split: Split) -> Iterator[str]:
         """The number of the labelled word, tab, its type: as CodeXGLUE's evaluator reads them."""
@@ -455,11 +459,14 @@ OBJECTIVES = {"retrieval": Retrieval, "classify": Classification, "pair": Classi
 
 
 def build(content: dict, encoder: nn.Module, tokenizer: Tokenizer) -> nn.Module:
-    """The objective that a checkpoint's content names, around an encoder."""
+    """The objective that a checkpoint's content names, around an encoder; raises ValueError and the like."""
     if content["task"] == "mlm":
         return MLM(encoder, tokenizer)
-    objective = OBJECTIVES[TASKS[content["task"]].kind]
-    return objective(encoder, tokenizer, content["task"], content["labels"], content["ctx"])
+    labels, ctx = content["labels"], content["ctx"]
+    if type(ctx) is not int or ctx < 8 or type(labels) is not list or len(set(labels)) < len(labels) \
+            or not all(isinstance(label, str) for label in labels):
+        raise ValueError
+    return OBJECTIVES[TASKS[content["task"]].kind](encoder, tokenizer, content["task"], labels, ctx)
 
 
 def evaluate(task: nn.Module, batches: Batches, split: Split | None = None, workers: int = 0,
@@ -515,9 +522,11 @@ def write(path: str | os.PathLike, content: dict) -> None:
 def read(path: str | os.PathLike) -> dict:
     """The content of a checkpoint or state file, on the CPU; runs no code of it. Raises `Problem`."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        open(path, "rb").close()
     except OSError as error:
         raise Problem(f"{path}: {error.strerror}") from None
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # torch raises whatever the bytes lead it to
         content = None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -575,7 +584,9 @@ class Output:
                 self.advice = self.advice.replace("the same command", "the same command without --restart")
             return None
         state = read(self.state_path)
-        if "settings" not in state:
+        kinds = dict(settings=dict, tokenizer=str, step=int, evaluated=int, tokens=int, log=int, window=list)
+        if not all(isinstance(state.get(name), kind) for name, kind in kinds.items()) \
+                or not isinstance(state["settings"].get("corpus"), dict):
             raise Problem(f"{self.state_path} is no state of a run: give another -o, or --restart to replace it")
         theirs, ours = (s | {f"corpus {name}": mark for name, mark in s["corpus"].items()} | {"corpus": None}
                         for s in (state["settings"], settings))
@@ -706,6 +717,9 @@ def train(task: nn.Module, batches: Batches, held_out: Batches, output: Output, 
             step, evaluated, tokens = (int(state[name]) for name in ("step", "evaluated", "tokens"))
             window = [sums.to(device) for sums in state["window"]]
             best = state["best"] and (state["metrics"], state["best"])
+            if not 0 <= step <= steps or best and best[1].keys() != task.state_dict().keys():
+                raise ValueError
+            task.score(best[0]) if best else None
             torch.set_rng_state(state["random"])
             if device.type == "cuda" and "random_cuda" in state:
                 torch.cuda.set_rng_state(state["random_cuda"], device)

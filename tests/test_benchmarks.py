@@ -183,6 +183,36 @@ def test_advtest_takes_tokens_or_code_without_its_docstring(d):
     assert split.examples[2, 1] == split.examples[2, 1] and split.row(0)["url"] == "u0" and split.candidate(0)["idx"] == 7
 
 
+def test_only_the_docstring_that_the_text_is_from_is_cut():
+    """What stands around the function stays, and so does another docstring."""
+    code = 'import os\nK = 3\n\nclass A:\n    """A class."""\n    def f(a, b):\n        """Add  two\n        numbers."""\n' \
+           "        return a + b + K\n\nprint('Add one number.')\n"
+    cut = code.replace('        """Add  two\n        numbers."""\n', "")
+    assert data.without_docstring("Add two numbers .", code) == cut
+    assert data.without_docstring("Add one number.", code) == code
+    old = code.replace("print(", "print ").replace(")\n", "\n")  # Python 2
+    with pytest.raises(SyntaxError):
+        ast.parse(old)
+    assert data.without_docstring("Add two numbers .", old) == old.replace('        """Add  two\n        numbers."""\n', "")
+    assert data.without_docstring("Only this.", 'def f():\n    "Only this."\n') == "def f():\n    pass\n"
+
+
+def test_copies_of_a_function_are_in_one_split(d):
+    rows = [{"func": f"int f{i % 40}() {{}}", "target": i % 2, "commit_id": i} for i in range(400)]
+    write_lines(d / "diversevul.json", rows)
+    found = {split: set(texts(s)) for split, s in Reader("diversevul", "d", required=[]).splits.items()}
+    assert sum(map(len, found.values())) == 40 == len(set().union(*found.values())) and len(found) == 3
+
+
+def test_candidates_of_sqa_are_all_answers(d):
+    for split, n in (("train", 5), ("valid", 2), ("test", 3)):
+        write_lines(d / f"{split}.jsonl", [{"question": f"{split} {i}", "answer": f"a {split} {i}"} for i in range(n)])
+    split = Reader("sqa", "d", wanted=["test"], required=["test"]).splits["test"]
+    ranked = [split.texts(item) for item in split.candidates]
+    assert len(ranked) == 10 and [ranked[i] for i in split.gold] == ["a test 0", "a test 1", "a test 2"]
+    assert [split.candidate(i)["answer"] for i in range(10)] == ranked and split.row(2)["question"] == "test 2"
+
+
 def test_the_same_code_twice_is_one_item_and_two_candidates(d, tokenizer):
     three(d, [{"text": t, "code": c} for t, c in (("a", "x"), ("b", "y"), ("c", "x"))])
     split = Reader("retrieval", "d").splits["valid"]
@@ -240,10 +270,15 @@ def test_sqa_as_kaggle_publishes_it(d):
     found = dict(pair for split in reader.splits.values() for pair in texts(split))
     assert len(found) == 99
     assert found["Caf\xe9 8?\nWhy is\na < b, & not c \xe9?"] == "x = 8; s = 7\ny"
+    (d / "Answers.csv").write_text('\xef\xbb\xbfId,ParentId,Score,Body\n1,2,3,"open\n', encoding="latin-1")
+    assert wrong("sqa") == "d/Answers.csv:2: unexpected end of data"
     write("Answers.csv", [["Id", "ParentId", "Score", "Body"], [1, 2, 3]])
     assert wrong("sqa") == "d/Answers.csv:2: 3 columns, where the header has 4"
     write("Answers.csv", [["Id", "ParentId", "Body"]])
     assert wrong("sqa") == "d/Answers.csv:1: no column Score; the columns are Id, ParentId, Body"
+    write("Answers.csv", [["Id", "ParentId", "Score", "Body"], [1, 1, 3, "x"]])
+    write("Questions.csv", [["Id", "Title", "Body"], [1, "", "<p>\n</p>"]])
+    assert wrong("sqa") == "d/Questions.csv:3: the question is empty"
     os.remove(d / "Answers.csv")
     assert wrong("sqa").startswith("d/Answers.csv: no such file; sqa is read from corpus.jsonl, queries.jsonl")
 
@@ -425,6 +460,8 @@ def test_a_new_name_does_not_take_that_of_a_global():
     # a method's own name in its body is a global's
     assert data.obfuscate("def open(self):\n    return open(self)\n", method=True) == \
         "def func(arg0):\n    return open(arg0)\n"
+    assert data.obfuscate("@width.setter\ndef width(self): self.x = width\n", method=True) == \
+        "@func.setter\ndef func(arg0): arg0.x = width\n"
     assert data.obfuscate("def open(p):\n    return open(p)\n") == "def func(arg0):\n    return func(arg0)\n"
 
 
@@ -508,4 +545,4 @@ def test_what_no_benchmark_can_be_made_of(tree):
     code, said = cli("corpus", "d/valid.jsonl", "--task", "advtest", "-o", "out")
     assert code == 2 and "no source files; known are .py .pyw" in said
     code, said = cli("corpus", "d", "--task", "advtest", "-o", "d/m1.py")
-    assert code == 2 and "d/m1.py is a file: give -o the name of a folder" in said
+    assert code == 2 and "d/m1.py is no folder: give -o the name of one" in said

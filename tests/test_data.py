@@ -404,7 +404,7 @@ def test_padding_share_on_the_standard_library(tmp_path):
     corpus = Corpus([data.standard_library()])
     tokenizer = data.train_tokenizer(corpus, 4096, most=10_000_000)
     samples = Samples(corpus, tokenizer, 256)
-    lengths = data.choose_lengths(data.sample_lengths(samples, corpus.train), 256)
+    lengths = data.static_lengths(samples, corpus.train, 256)
     assert len(lengths) <= 12
     tokens = places = 0
     batches = Batches(samples, corpus.train, 32, lengths, tokenizer.pad, seed=0)

@@ -86,6 +86,9 @@ def test_ranks_are_those_of_a_full_sort(monkeypatch):
     assert (np.take_along_axis(scores.numpy(), top, 1)[:, :20] - -np.sort(-scores.numpy(), 1)[:, :20]).max() < 1e-6
     # a model that says the same of everything is last
     assert set(tasks.rank(torch.ones(2, 4), torch.ones(9, 4), np.arange(2), np.arange(2))[0]) == {9}
+    # and so is one that says nothing
+    nothing = torch.full((3, 4), torch.nan)
+    assert set(tasks.rank(nothing, torch.ones(9, 4), np.arange(3), np.arange(3))[0]) == {9}
     seen = []
     monkeypatch.setattr(tasks, "progress", lambda r, **_: seen.append(r) or r)
     again, _ = tasks.rank(queries.repeat(50, 1), candidates.repeat(2000, 1), np.arange(1150), np.arange(1150) % 150)
@@ -417,6 +420,43 @@ def test_what_the_commands_refuse(toys, small, corpus):
     assert sorted(os.listdir()) == ["model.pt", "model.pt.jsonl", "small.jsonl"]
 
 
+def test_damaged_and_diverged_checkpoints(toys, tmp_path):
+    """Each a sentence, none a plausible number; half-precision weights are read as what they are."""
+    def changed(kind, **changes):
+        content = torch.load(toys / f"{kind}.pt", weights_only=True)
+        if "weights" in changes:
+            changes["weights"] = {name: changes["weights"](weight) for name, weight in content["weights"].items()}
+        torch.save(content | changes, tmp_path / "x.pt")
+        return tmp_path / "x.pt"
+
+    for changes in (dict(labels=["a"]), dict(labels=[1, 2, 3]), dict(labels={"a": 1}), dict(ctx="8"), dict(ctx=0),
+                    dict(task="tag"), dict(task="nothing"), dict(weights=lambda w: w[:1]), dict(tokenizer=5)):
+        code, said = cli("predict", "--ckpt", changed("classify", **changes), toys / "classify" / "test.jsonl")
+        assert code == 2 and "x.pt" in said and "Traceback" not in said, (changes, said)
+    half = changed("classify", weights=lambda w: w.half())
+    assert cli("predict", "--ckpt", half, toys / "classify" / "test.jsonl")[0] == 0
+    for kind in CHANCE:
+        diverged = changed(kind, weights=lambda w: w * torch.nan)
+        for args in (["evaluate", kind, "--data", toys / kind], ["predict", toys / kind / "test.jsonl"]):
+            code, said = cli(*args, "--ckpt", diverged)
+            assert code == 1 and "what the model says is no number" in said and '{"' not in said, said
+    (tmp_path / "cut.pt").write_bytes((toys / "classify.pt").read_bytes()[:20000])
+    code, said = cli("predict", "--ckpt", tmp_path / "cut.pt", toys / "classify" / "test.jsonl")
+    assert code == 2 and "cut.pt is not a codessm checkpoint, or not a whole one" in said
+
+
+def test_nothing_is_overwritten(toys, tmp_path, monkeypatch):
+    monkeypatch.chdir(toys / "classify")
+    before = {name: open(name, "rb").read() for name in os.listdir()}
+    for name in ("test.jsonl", "train.jsonl", toys / "classify.pt"):
+        code, said = cli("evaluate", "classify", "--ckpt", toys / "classify.pt", "--data", ".", "--predictions", name)
+        assert code == 2 and f"{name} exists: give --predictions another name, or remove it" in said
+    code, said = cli("finetune", "classify", "--ckpt", toys / "classify.pt", "--data", ".", "-o", toys / "classify.pt",
+                     "--restart")
+    assert code == 2 and "would replace what --ckpt" in said
+    assert before == {name: open(name, "rb").read() for name in os.listdir()}
+
+
 def test_fine_tuning_starts_from_a_checkpoint(small, toys):
     code, said = cli("pretrain", small, *TINY, "--steps", 1)
     before = codessm.load("model.pt")
@@ -432,6 +472,21 @@ def test_fine_tuning_starts_from_a_checkpoint(small, toys):
     assert cli("finetune", "tag", "--ckpt", "pair.pt", "--data", toys / "tag", "--steps", 1, "--workers", 0)[0] == 0
 
 
+def test_the_untrained_model_is_never_the_best(toys, tmp_path):
+    """Constant predictions score the same before training and after; what has learned longest is kept."""
+    rows = [{"func": f"int f{i}() {{}}", "target": int(i == 0)} for i in range(40)]
+    for split in data.SPLITS:
+        write_lines(tmp_path / f"{split}.jsonl", rows)
+    args = ["finetune", "diversevul", "--data", tmp_path, *SCRATCH]
+    code, said = cli(*args, "--steps", 4, "--eval-every", 1, "-o", tmp_path / "m.pt")
+    assert code == 0, said
+    scores = [json.loads(line)["valid_macro_f1"] for line in open(tmp_path / "m.pt.jsonl") if "valid_macro" in line]
+    assert len(set(scores[1:])) == 1 and len(scores) == 5 and scores[0] >= scores[1]
+    assert cli(*args, "--steps", 4, "--eval-every", 4, "-o", tmp_path / "n.pt")[0] == 0
+    one, two = (codessm.load(tmp_path / name).state_dict() for name in ("m.pt", "n.pt"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
 def test_evaluate_mlm(small):
     code, said = cli("pretrain", small, *TINY, "--steps", 2, "--json")
     trained = result(said)
@@ -440,6 +495,8 @@ def test_evaluate_mlm(small):
     assert code == 0 and found["loss"] == pytest.approx(trained["loss"], rel=1e-6) and found["examples"] == 6
     code, said = cli("evaluate", "mlm", "--ckpt", "model.pt", "--data", small, "--ctx", 100)
     assert code == 0 and "mlm test, 65 examples in" in said and "perplexity" in said
+    code, said = cli("evaluate", "mlm", "--ckpt", "model.pt", "--data", write_lines("mute.jsonl", [{"code": "x"}]))
+    assert code == 2 and "mute.jsonl: nothing could be predicted: the corpus is too small" in said
 
 
 def test_interrupted_fine_tuning_goes_on_bit_for_bit(toys, tmp_path, monkeypatch):
