@@ -775,7 +775,7 @@ class Batches(Dataset):
 # ---- benchmarks -------------------------------------------------------------------------------------
 
 class Benchmark(NamedTuple):
-    """What a task is made of; DESIGN's table of tasks, a row each."""
+    """What a task is made of."""
     kind: str                      # retrieval, classify, tag or pair
     ctx: int                       # tokens a side
     epochs: int
@@ -838,11 +838,11 @@ SPLITS = ("train", "valid", "test")
 UNK = "UNK"  # row 0 of a vocabulary of tags; predicted, it is always wrong
 
 
-def string_field(record: dict, names: Iterable[str], what: str, joined: bool = True) -> str:
+def string_field(record: dict, names: Iterable[str], what: str) -> str:
     """The first of the named fields, a list of tokens being joined by spaces; raises `BadLine`."""
     names = list(names)
     for name in names:
-        if joined and isinstance(record.get(name), list):
+        if isinstance(record.get(name), list):
             string = " ".join(token_field(record, name))
             break
         if record.get(name) is not None:
@@ -884,10 +884,12 @@ QUOTED = re.compile(r"""^[ \t]*[rRuU]?("{3}|'{3}|"|')(.*?)\1[ \t]*(?:\n|\Z)""", 
 
 def without_docstring(text: str, code: str) -> str:
     """Code without the docstring that the text is from: ranked as it is, the query would lie inside the answer."""
-    def holds(string: str) -> bool:
-        return re.sub(r"\W+", "", text) in re.sub(r"\W+", "", string)
+    key = re.sub(r"\W+", "", text)
 
-    if '"' not in code and "'" not in code or not holds(code):
+    def holds(string: str) -> bool:
+        return key in re.sub(r"\W+", "", string)
+
+    if not key or '"' not in code and "'" not in code or not holds(code):
         return code
     try:
         with warnings.catch_warnings():
@@ -916,7 +918,8 @@ def parse_example(task: Benchmark, line: bytes, labelled: bool = True) -> tuple:
     record = parse_json(line)
     if task.kind == "retrieval":
         text, code = string_field(record, task.text, "text"), string_field(record, task.code, "code")
-        return text, without_docstring(text, code) if task.docstrings else code
+        tokens = any(isinstance(record.get(name), list) for name in task.code)
+        return text, without_docstring(text, code) if task.docstrings and not tokens else code
     if task.kind == "tag":
         words = token_field(record, "tokens")
         labels = record.get("labels") if labelled else [UNK] * len(words)
@@ -927,7 +930,7 @@ def parse_example(task: Benchmark, line: bytes, labelled: bool = True) -> tuple:
         if not words:
             raise BadLine("the list of tokens is empty")
         labels = [None if label is None else label_field({"labels": label}, "labels") for label in labels]
-        if labelled and task.files == TASKS["tag"].files and UNK in labels:
+        if labelled and not task.published and UNK in labels:  # one's own tags
             raise BadLine(f'the label "{UNK}" stands for what is not known: give it another name')
         return words, labels
     names = [("code1", "func1"), ("code2", "func2")] if task.kind == "pair" else [task.code]

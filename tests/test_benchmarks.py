@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 import os
+import pickle
 import re
 import symtable
 import textwrap
@@ -281,6 +282,21 @@ def test_sqa_as_kaggle_publishes_it(d):
     assert wrong("sqa") == "d/Questions.csv:3: the question is empty"
     os.remove(d / "Answers.csv")
     assert wrong("sqa").startswith("d/Answers.csv: no such file; sqa is read from corpus.jsonl, queries.jsonl")
+
+
+def test_worker_processes_can_be_spawned(d, tokenizer):
+    """Where processes are not forked, what they read goes to them pickled."""
+    beir(d)
+    three(d, [{"tokens": ["a", "b"], "labels": ["x", None]}])
+    write_lines(d / "data.jsonl", [{"func": f, "idx": i} for i, f in enumerate(FUNCTIONS)])
+    (d / "function.json").write_text(json.dumps([{"func": f, "target": 1} for f in FUNCTIONS]))
+    for name, line in (("clone", "0\t1\t1"), ("devign", "2")):
+        (d / "train.txt").write_text(f"{line}\n")
+        for task in (name, "sqa", "tag"):
+            split = Reader(task, "d", required=["train"]).splits["train"].prepare(tokenizer, 32)
+            batches = split.training(2, [32], 0)
+            one, two = (b[0, 0][0] for b in (batches, pickle.loads(pickle.dumps(batches))))
+            assert (one.ids == two.ids).all() and (one.labels is None) == (task == "tag")
 
 
 # ---- pairs, tags ------------------------------------------------------------------------------------
