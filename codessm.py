@@ -512,6 +512,9 @@ def finetune(name, ckpt, data_path, ctx, size, tokenizer_path, vocab, steps, epo
              limit, skip_bad, seed, output_path, restart, device, workers, as_json):
     """Fine-tune an encoder on TASK and score it.
 
+    TASK: advtest, sqa, devign, diversevul, complexity, typeinf or clone; or, for JSONL of your own, retrieval (text,
+    code), classify (code, label), tag (tokens, labels) or pair (code1, code2, label).
+
     The weights with the best metric on the validation split are kept; the test split, if there is one, is scored
     once, at the end. The same command run again goes on where an interrupted one was.
     """
@@ -620,7 +623,10 @@ def load_for(name: str, path: str, device: torch.device) -> nn.Module:
 @click.option("--predictions", metavar="FILE", help="Write the predictions, in the form CodeXGLUE's evaluators read.")
 def evaluate(name, ckpt, data_path, ctx, batch, limit, skip_bad, code_field, text_field, device, workers, as_json,
              split, predictions):
-    """Score a checkpoint on a split of TASK, or on a corpus (mlm)."""
+    """Score a checkpoint on a split of TASK, or on a corpus.
+
+    TASK: one of those of finetune, or mlm, which predicts masked tokens of a corpus with a pretrained checkpoint.
+    """
     if predictions is not None and name == "mlm":
         raise click.UsageError("--predictions is for the other tasks than mlm")
     if name != "mlm" and (code_field or text_field):
@@ -696,12 +702,14 @@ def predict(files, ckpt, ctx, batch, device):
         if not os.path.getsize(source.path):
             continue
         records = data.Records([source], parse)
-        for start in data.progress(range(0, len(records), PREDICT), desc=f"predicting {path}", leave=False):
+        for start in range(0, len(records), PREDICT):
             rows = np.arange(start, min(start + PREDICT, len(records)))
             split = data.unlabelled(model.name, records, rows).prepare(model.tokenizer, ctx)
             batches = split.each(batch, data.static_lengths(split.items, split.distinct, ctx, 256))
             with torch.no_grad(), closing(batches.stream(stop=len(batches))) as stream:
-                for row, result in zip(rows, model.results(stream, split)):
+                bar = data.progress(stream, total=len(batches), desc=f"{path}, from record {start + 1:,}",
+                                    leave=False, unit=" batches", unit_scale=False)
+                for row, result in zip(rows, model.results(bar, split)):
                     kept = data.parse_json(records.line(row))
                     try:
                         json.dumps(result, allow_nan=False)

@@ -270,6 +270,9 @@ def first_field(record: dict, names: Iterable[str]) -> str | None:
 def missing(record: dict, names: Iterable[str], advice: str = "") -> BadLine:
     """The error of a record without the field that it needs, one of `names`."""
     names = list(names)
+    for name in names:
+        if name in record:
+            return BadLine(f'the field "{name}" is null')
     wanted = "no code field" if names == list(CODE_FIELDS) else "no field " + " or ".join(f'"{n}"' for n in names)
     seen = ", ".join(map(str, list(record)[:12])) or "none"
     return BadLine(f"{wanted}; the fields seen are: {seen}" + (f" ({advice})" if advice else ""))
@@ -435,7 +438,9 @@ class Corpus(Records):
 
     def strings(self, share: float) -> Iterator[str]:
         """The texts and codes of a share of the training records, chosen by a hash of the line."""
-        for record in progress(self.train, desc="reading for the tokenizer", unit=" records"):
+        # at a terminal the tokenizers library draws bars of its own
+        for record in progress(self.train, desc="reading for the tokenizer", unit=" records",
+                               disable=sys.stderr.isatty()):
             if share == 1 or zlib.crc32(b"tokenizer" + self.line(record)) < share * 2 ** 32:
                 yield from self[record]
 
@@ -934,8 +939,8 @@ def parse_example(task: Benchmark, line: bytes, labelled: bool = True) -> tuple:
             raise BadLine(f'the label "{UNK}" stands for what is not known: give it another name')
         return words, labels
     names = [("code1", "func1"), ("code2", "func2")] if task.kind == "pair" else [task.code]
-    label = label_field(record, task.label, task.labels) if labelled else None
-    return *(string_field(record, fields, "code") for fields in names), label
+    codes = [string_field(record, fields, "code") for fields in names]
+    return *codes, label_field(record, task.label, task.labels) if labelled else None
 
 
 def parse_named(fields: tuple[str, ...], what: str, name: str, line: bytes) -> tuple[str, str]:
@@ -1078,7 +1083,7 @@ class Split:
     def strings(self, share: float) -> Iterator[str]:
         """A share of the split's strings, chosen by a hash."""
         items = self.examples.ravel() if self.index is not None else np.unique(self.examples)
-        for item in progress(items, desc="reading for the tokenizer", unit=" items"):
+        for item in progress(items, desc="reading for the tokenizer", unit=" items", disable=sys.stderr.isatty()):
             text = self.texts(int(item))
             text = text if isinstance(text, str) else " ".join(text[0])
             if share == 1 or zlib.crc32(text.encode()) < share * 2 ** 32:
@@ -1112,9 +1117,8 @@ def prediction_sources(paths: Iterable[str], name: str) -> Iterator[tuple[str, S
                 yield source.name, source, set()
             continue
         if kind in ("pair", "retrieval") or kind == "tag" and language not in ("python", None):
-            needed = {"tag": "Python files", "pair": "code1 and code2"}.get(kind, "a text and code")
-            raise Problem(f"{path}: a model for {name} needs JSONL with {TASKS[name].line}" + (
-                ", or Python files" if kind == "tag" else f", since a source file is not {needed}"))
+            raise Problem(f"{path}: a model for {name} needs JSONL with lines like {TASKS[kind].line}"
+                          + ", or Python files" * (kind == "tag"))
         yield path, Source(path, spool_lines(file_rows(path, kind)), ""), {"code"}
 
 
@@ -1123,7 +1127,8 @@ UNPARSABLE = SyntaxError, ValueError, RecursionError, MemoryError, IndexError, t
 
 
 def file_rows(path: str, kind: str) -> Iterator[dict]:
-    """A record to predict for of each source file under `path`."""
+    """A record to predict for of each source file under `path`; says how many are empty, and so have none."""
+    empty = 0
     for source, _language, relative in read_sources([path], ["python"] if kind == "tag" else ()):
         name = os.path.join(path, relative) if os.path.isdir(path) else path
         if kind == "tag":
@@ -1131,10 +1136,14 @@ def file_rows(path: str, kind: str) -> Iterator[dict]:
                 tokens = typed_tokens(source, always=True)[0]
             except UNPARSABLE as error:
                 raise Problem(f"{name}: not Python that parses ({error or type(error).__name__})") from None
-            if tokens:
-                yield {"path": name, "tokens": tokens}
-        elif source.strip():
-            yield {"path": name, "code": source}
+            row = {"path": name, "tokens": tokens} if tokens else None
+        else:
+            row = {"path": name, "code": source} if source.strip() else None
+        if row:
+            yield row
+        empty += not row
+    if empty:
+        say(f"{path}: {empty:,} empty files have no prediction")
 
 
 def digest(string: str) -> int:
@@ -1187,13 +1196,19 @@ class Reader:
             self.read_rows(self.find_rows(has))
         for split in required:
             if not len(self.splits.get(split, ())):
-                raise self.expected(f"{path}: there is no {split} split")
+                raise self.no_split(split)
 
     def expected(self, what: str) -> Problem:
         """The error of a benchmark that is not there, or not whole."""
         where = f". It is published at {self.task.published}" if self.task.published else ""
         return Problem(f"{what}; {self.name} is read from {self.task.files}, a line of JSONL being like "
                        f"{self.task.line}{where}")
+
+    def no_split(self, split: str) -> Problem:
+        if self.path.is_file():
+            return Problem(f"{self.path}: none of its records falls into the {split} split, a tenth of them: give more")
+        other = " (--split valid scores the validation split)" if split == "test" else ""
+        return self.expected(f"{self.path}: there is no {split} split{other}")
 
     def open(self, file: str | os.PathLike) -> Source:
         """A file of the benchmark, which is noted among the sources."""
@@ -1260,7 +1275,7 @@ class Reader:
             return [(None, self.open(one[0]))]
         for split in self.required:
             if not found[split]:
-                raise self.expected(f"{self.path}: there is no {split} split")
+                raise self.no_split(split)
         return [(split, self.open(file)) for split, files in found.items() for file in files
                 if split in self.wanted or self.task.whole]
 
@@ -1296,6 +1311,9 @@ class Reader:
         if kind == "tag" and not self.labels:
             self.labels = [UNK] + ["any"] * (self.name == "typeinf")
             self.labels += [label for label, _ in tags.most_common(50_000) if label not in self.labels]
+            if len(tags) < 2:
+                raise Problem(f"{listed(s.name for s in records.sources)}: the training split has the label "
+                              f"{listed(tags) or 'null'} alone: there is nothing to tell apart")
         elif kind == "classify" and not given:
             self.labels = sorted(set(labels), key=lambda x: (int(x) if x.isdecimal() and len(x) < 20 else math.inf, x))
             if len(self.labels) < 2:
@@ -1949,8 +1967,9 @@ def build_benchmark(task: str, paths: Iterable[str], folder: str) -> None:
                             types.update(label for label in record["labels"] if label is not None)
                         out.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
                         written += 1
-            say(f"{split}: {written:,} {'functions' if task == 'advtest' else 'files'} of {len(parts[split]):,} source "
-                "files" + (f"; {dropped:,} left out, whose names cannot be replaced" if dropped else ""))
+            say(f"{folder}/{split}.jsonl: {written:,} {'functions' if task == 'advtest' else 'files with types'} from "
+                f"{len(parts[split]):,} source files"
+                + (f"; {dropped:,} left out, whose names cannot be replaced" if dropped else ""))
         if task == "typeinf":
             names = [UNK, "Any"] + [name for name, _ in types.most_common() if name not in (UNK, "Any")]
             with atomic(os.path.join(folder, "vocab_50000.txt")) as out:

@@ -475,7 +475,8 @@ def evaluate(task: nn.Module, batches: Batches, split: Split | None = None, work
     task.eval()
     workers = workers if len(batches) > batches.POOL else 0  # not worth starting them
     with torch.no_grad(), closing(batches.stream(stop=len(batches), workers=workers)) as stream:
-        outputs = task.outputs(progress(watch(stream), total=len(batches), desc="evaluating", leave=False), split)
+        outputs = task.outputs(progress(watch(stream), total=len(batches), desc="evaluating", unit=" batches",
+                                        unit_scale=False, leave=False), split)
     return task.metrics(outputs, split), outputs
 
 

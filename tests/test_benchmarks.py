@@ -105,8 +105,8 @@ def test_devign_as_jsonl(d):
 def test_broken_rows(d, name, row, message):
     good = {"devign": {"func": "f", "target": 1}, "diversevul": {"func": "f", "target": 0},
             "complexity": {"src": "f", "complexity": "np"}, "classify": {"code": "f", "label": "a"},
-            "advtest": {"docstring": "x", "code": "f"}, "typeinf": {"tokens": ["a"], "labels": ["x"]},
-            "tag": {"tokens": ["a"], "labels": ["x"]}, "pair": {"code1": "a", "code2": "b", "label": True},
+            "advtest": {"docstring": "x", "code": "f"}, "typeinf": {"tokens": ["a", "b"], "labels": ["x", "y"]},
+            "tag": {"tokens": ["a", "b"], "labels": ["x", 1]}, "pair": {"code1": "a", "code2": "b", "label": True},
             "sqa": {"question": "q", "answer": "a"}}[name]
     other = {"classify": {"code": "g", "label": "b"}}.get(name, good)
     three(d, [good, other], valid=[good, row, good])
@@ -135,6 +135,9 @@ def test_one_file_is_split_by_a_hash_of_the_line(d):
     # four standard errors of 2,000 draws
     assert sum(counts) == 2000 and abs(counts[0] - 1600) < 72 and abs(counts[1] - 200) < 54
     names = {split: set(texts(reader.splits[split])) for split in data.SPLITS}
+    write_lines("few.jsonl", [rows[0]] * 3)
+    assert wrong("diversevul", "few.jsonl") == \
+        "few.jsonl: none of its records falls into the valid split, a tenth of them: give more"
     write_lines("other.jsonl", rows[::-1])
     again = Reader("diversevul", "other.jsonl")
     assert {split: set(texts(again.splits[split])) for split in data.SPLITS} == names
@@ -287,7 +290,7 @@ def test_sqa_as_kaggle_publishes_it(d):
 def test_worker_processes_can_be_spawned(d, tokenizer):
     """Where processes are not forked, what they read goes to them pickled."""
     beir(d)
-    three(d, [{"tokens": ["a", "b"], "labels": ["x", None]}])
+    three(d, [{"tokens": ["a", "b"], "labels": ["x", "y"]}])
     write_lines(d / "data.jsonl", [{"func": f, "idx": i} for i, f in enumerate(FUNCTIONS)])
     (d / "function.json").write_text(json.dumps([{"func": f, "target": 1} for f in FUNCTIONS]))
     for name, line in (("clone", "0\t1\t1"), ("devign", "2")):
@@ -334,6 +337,13 @@ def test_types_and_their_vocabulary(d):
     assert reader.splits["valid"].index == {"UNK": 0, "any": 1, "number": 2, "Foo": 3}
     (d / "vocab_50000.txt").write_text("number\n")
     assert wrong("typeinf").startswith("d/vocab_50000.txt:1: the first line of a vocabulary of types is UNK")
+
+
+def test_tags_that_there_is_nothing_to_tell_of(d):
+    three(d, [{"tokens": ["a", "b"], "labels": ["x", None]}])
+    assert "the training split has the label x alone: there is nothing to tell apart" in wrong("tag")
+    three(d, [{"tokens": ["a"], "labels": ["UNK"]}])
+    assert wrong("tag") == 'd/train.jsonl:1: the label "UNK" stands for what is not known: give it another name'
 
 
 def test_every_labelled_word_is_in_one_window(tokenizer):
