@@ -55,7 +55,8 @@ def test_devign_as_codexglue_publishes_it(d):
     for split, positions in (("train", [4, 0]), ("valid", [1]), ("test", [3, 2])):
         (d / f"{split}.txt").write_text("".join(f"{i}\n" for i in positions))
     reader = Reader("devign", "d")
-    assert reader.labels == ["0", "1"] and set(reader.sources) == {"d/function.json", *(f"d/{s}.txt" for s in data.SPLITS)}
+    assert reader.labels == ["0", "1"]
+    assert set(reader.sources) == {"d/function.json", *(f"d/{split}.txt" for split in data.SPLITS)}
     train, test = reader.splits["train"], reader.splits["test"]
     assert texts(train) == [(FUNCTIONS[4],), (FUNCTIONS[0],)] and train.labels.tolist() == [0, 0]
     assert [test.row(i)["idx"] for i in range(2)] == [3, 2] and test.labels.tolist() == [1, 0]
@@ -78,29 +79,29 @@ def test_devign_as_jsonl(d):
 
 
 @pytest.mark.parametrize("name, row, message", [
-    ("devign", {"target": 0}, 'd/valid.jsonl:2: no field "func"; the fields seen are: target'),
-    ("devign", {"func": "f"}, 'd/valid.jsonl:2: no field "target"; the fields seen are: func'),
-    ("devign", {"func": "f", "target": 2}, 'd/valid.jsonl:2: the label "2" is none of those of the task, which are 0, 1'),
-    ("diversevul", {"func": "f", "target": 0.5}, 'd/valid.jsonl:2: the label "target" is 0.5, not a name or a whole number'),
-    ("devign", {"func": "\n", "target": 1}, "d/valid.jsonl:2: the code is empty"),
-    ("devign", {"func": 5, "target": 1}, 'd/valid.jsonl:2: the field "func" is a number, not a string'),
-    ("complexity", {"src": "f", "complexity": "exp"}, 'd/valid.jsonl:2: the label "exp" is none of those of the task, '
+    ("devign", {"target": 0}, 'no field "func"; the fields seen are: target'),
+    ("devign", {"func": "f"}, 'no field "target"; the fields seen are: func'),
+    ("devign", {"func": "f", "target": 2}, 'the label "2" is none of those of the task, which are 0, 1'),
+    ("diversevul", {"func": "f", "target": 0.5}, 'the label "target" is 0.5, not a name or a whole number'),
+    ("devign", {"func": "\n", "target": 1}, "the code is empty"),
+    ("devign", {"func": 5, "target": 1}, 'the field "func" is a number, not a string'),
+    ("complexity", {"src": "f", "complexity": "exp"}, 'the label "exp" is none of those of the task, '
      "which are constant, logn, linear, nlogn, quadratic, cubic, np"),
-    ("classify", {"code": "f", "label": "c"}, 'd/valid.jsonl:2: the label "c" is none of those trained on, which are a, b'),
-    ("advtest", {"docstring": "x"}, 'd/valid.jsonl:2: no field "code_tokens" or "function_tokens" or "code" or '
+    ("classify", {"code": "f", "label": "c"}, 'the label "c" is none of those trained on, which are a, b'),
+    ("advtest", {"docstring": "x"}, 'no field "code_tokens" or "function_tokens" or "code" or '
      '"function"; the fields seen are: docstring'),
     ("advtest", {"docstring": "x", "code_tokens": "def f"}, None),
-    ("advtest", {"docstring": "x", "code_tokens": []}, "d/valid.jsonl:2: the code is empty"),
-    ("advtest", {"docstring_tokens": [1], "code": "f"}, 'd/valid.jsonl:2: the field "docstring_tokens" is no list of strings'),
-    ("typeinf", {"tokens": ["a", "b"], "labels": ["x"]}, "d/valid.jsonl:2: 2 tokens and 1 labels: there must be one for "
+    ("advtest", {"docstring": "x", "code_tokens": []}, "the code is empty"),
+    ("advtest", {"docstring_tokens": [1], "code": "f"}, 'the field "docstring_tokens" is no list of strings'),
+    ("typeinf", {"tokens": ["a", "b"], "labels": ["x"]}, "2 tokens and 1 labels: there must be one for "
      "each, or null"),
-    ("typeinf", {"tokens": "a", "labels": ["x"]}, 'd/valid.jsonl:2: the field "tokens" is no list of strings'),
-    ("typeinf", {"tokens": ["a"]}, 'd/valid.jsonl:2: no field "labels"; the fields seen are: tokens'),
-    ("tag", {"tokens": [], "labels": []}, "d/valid.jsonl:2: the list of tokens is empty"),
-    ("pair", {"code1": "a", "label": 1}, 'd/valid.jsonl:2: no field "code2" or "func2"; the fields seen are: code1, label'),
-    ("pair", {"code1": "a", "code2": "b", "label": 3}, 'd/valid.jsonl:2: the label "3" is none of those of the task, '
+    ("typeinf", {"tokens": "a", "labels": ["x"]}, 'the field "tokens" is no list of strings'),
+    ("typeinf", {"tokens": ["a"]}, 'no field "labels"; the fields seen are: tokens'),
+    ("tag", {"tokens": [], "labels": []}, "the list of tokens is empty"),
+    ("pair", {"code1": "a", "label": 1}, 'no field "code2" or "func2"; the fields seen are: code1, label'),
+    ("pair", {"code1": "a", "code2": "b", "label": 3}, 'the label "3" is none of those of the task, '
      "which are 0, 1"),
-    ("sqa", {"question": "q"}, 'd/valid.jsonl:2: no field "answer"; the fields seen are: question'),
+    ("sqa", {"question": "q"}, 'no field "answer"; the fields seen are: question'),
 ])
 def test_broken_rows(d, name, row, message):
     good = {"devign": {"func": "f", "target": 1}, "diversevul": {"func": "f", "target": 0},
@@ -113,7 +114,7 @@ def test_broken_rows(d, name, row, message):
     if message is None:  # a string where a list of tokens is published
         assert len(Reader(name, "d").splits["valid"]) == 3
         return
-    assert wrong(name) == message
+    assert wrong(name) == f"d/valid.jsonl:2: {message}"
     reader = Reader(name, "d", skip_bad=True)
     assert reader.bad == 1 and len(reader.splits["valid"]) == 2
 
@@ -123,13 +124,13 @@ def test_labels_are_names_or_whole_numbers(d):
     reader = Reader("classify", "d")
     assert reader.labels == ["1", "9", "10", "high"] and reader.splits["train"].labels.tolist() == [2, 1, 0, 3]
     three(d, [{"code": "a", "label": "x"}])
-    assert wrong("classify") == ("d/train.jsonl, d/valid.jsonl, d/test.jsonl: all examples have the same label, x: there "
-                                 "is nothing to tell apart")
+    assert wrong("classify") == ("d/train.jsonl, d/valid.jsonl, d/test.jsonl: all examples have the same label, x: "
+                                 "there is nothing to tell apart")
 
 
 def test_one_file_is_split_by_a_hash_of_the_line(d):
     rows = [{"func": f"int f{i}() {{}}", "target": i % 2} for i in range(2000)]
-    write_lines(d / "diversevul_20230702.json.jsonl", rows)
+    write_lines(d / "diversevul_20230702.json", rows)
     reader = Reader("diversevul", "d")
     counts = [len(reader.splits[split]) for split in data.SPLITS]
     # four standard errors of 2,000 draws
@@ -142,8 +143,8 @@ def test_one_file_is_split_by_a_hash_of_the_line(d):
     again = Reader("diversevul", "other.jsonl")
     assert {split: set(texts(again.splits[split])) for split in data.SPLITS} == names
     write_lines(d / "more.jsonl", rows)
-    assert wrong("diversevul").startswith("d: no train.jsonl there, and more than one other file: diversevul_20230702.json"
-                                          ".jsonl, more.jsonl; diversevul is read from")
+    assert wrong("diversevul").startswith("d: no train.jsonl there, and more than one other file: "
+                                          "diversevul_20230702.json, more.jsonl; diversevul is read from")
     with gzip.open(d / "train.jsonl.gz", "wt") as file:
         file.write("".join(json.dumps(row) + "\n" for row in rows[:7]))
     write_lines(d / "valid.jsonl", rows[7:9])
@@ -153,9 +154,9 @@ def test_one_file_is_split_by_a_hash_of_the_line(d):
 
 def test_what_is_not_there_is_named(d):
     assert wrong("complexity", "nowhere") == (
-        "nowhere: no such file or folder; complexity is read from train.jsonl, valid.jsonl and test.jsonl, or one file, "
-        'split 80/10/10, a line of JSONL being like {"src": "int f() {...}", "complexity": "linear"}. It is published at '
-        "https://huggingface.co/datasets/codeparrot/codecomplex")
+        "nowhere: no such file or folder; complexity is read from train.jsonl, valid.jsonl and test.jsonl, or one "
+        'file, split 80/10/10, a line of JSONL being like {"src": "int f() {...}", "complexity": "linear"}. It is '
+        "published at https://huggingface.co/datasets/codeparrot/codecomplex")
     for name in data.TASKS:
         assert data.TASKS[name].line in wrong(name) and "no" in wrong(name)
     write_lines(d / "train.jsonl", [{"func": "f", "target": 0}])
@@ -175,7 +176,8 @@ def test_advtest_takes_tokens_or_code_without_its_docstring(d):
         {"docstring": "The area of a circle.", "function_tokens": ["def", "f"], "code": CODE, "url": "u1", "idx": 8},
         {"docstring": "The area of a circle.", "code": CODE, "url": "u2", "idx": 9},
         {"docstring_tokens": ["The", "area", "of"], "function": textwrap.indent(CODE, "    "), "url": "u3", "idx": 10},
-        {"docstring": "The area of a circle.", "code": CODE.replace("return 3.14", "print r; return"), "url": "u", "idx": 1},
+        {"docstring": "The area of a circle.", "code": CODE.replace("return 3.14", "print r; return"), "url": "u4",
+         "idx": 1},
         {"docstring": "area", "code": "def area(r): return area(r, 'area')", "url": "u5", "idx": 2}])
     split = Reader("advtest", "d").splits["test"]
     rest = "def area(r):\n    return 3.14 * r * r\n"
@@ -184,20 +186,22 @@ def test_advtest_takes_tokens_or_code_without_its_docstring(d):
         ("The area of", rest), ("The area of a circle.", rest.replace("return 3.14", "print r; return")),
         ("area", "def area(r): return area(r, 'area')")]
     assert split.query.tolist() == split.gold.tolist() == list(range(6)) and len(split.candidates) == 6
-    assert split.examples[2, 1] == split.examples[2, 1] and split.row(0)["url"] == "u0" and split.candidate(0)["idx"] == 7
+    assert split.examples[2, 1] == split.examples[3, 1] and split.row(0)["url"] == "u0"
+    assert split.candidate(0)["idx"] == 7
 
 
 def test_only_the_docstring_that_the_text_is_from_is_cut():
     """What stands around the function stays, and so does another docstring."""
-    code = 'import os\nK = 3\n\nclass A:\n    """A class."""\n    def f(a, b):\n        """Add  two\n        numbers."""\n' \
+    docstring = '        """Add  two\n        numbers."""\n'
+    code = 'import os\nK = 3\n\nclass A:\n    """A class."""\n    def f(a, b):\n' + docstring + \
            "        return a + b + K\n\nprint('Add one number.')\n"
-    cut = code.replace('        """Add  two\n        numbers."""\n', "")
+    cut = code.replace(docstring, "")
     assert data.without_docstring("Add two numbers .", code) == cut
     assert data.without_docstring("Add one number.", code) == code
     old = code.replace("print(", "print ").replace(")\n", "\n")  # Python 2
     with pytest.raises(SyntaxError):
         ast.parse(old)
-    assert data.without_docstring("Add two numbers .", old) == old.replace('        """Add  two\n        numbers."""\n', "")
+    assert data.without_docstring("Add two numbers .", old) == old.replace(docstring, "")
     assert data.without_docstring("Only this.", 'def f():\n    "Only this."\n') == "def f():\n    pass\n"
 
 
@@ -225,7 +229,8 @@ def test_the_same_code_twice_is_one_item_and_two_candidates(d, tokenizer):
 
 
 def beir(folder):
-    write_lines(folder / "corpus.jsonl", [{"_id": f"d{i}", "title": "T" * (i == 0), "text": f"answer {i}"} for i in range(6)])
+    write_lines(folder / "corpus.jsonl",
+                [{"_id": f"d{i}", "title": "T" * (i == 0), "text": f"answer {i}"} for i in range(6)])
     write_lines(folder / "queries.jsonl", [{"_id": f"q{i}", "text": f"question {i}"} for i in range(5)])
     os.mkdir(folder / "qrels")
     for split, pairs in (("train", ["q0\td0\t1", "q1\td1\t1", "q1\td2\t2", "q2\td3\t0"]), ("valid", ["q3\td3\t1"]),
@@ -310,7 +315,8 @@ def test_clone_as_codexglue_publishes_it(d):
         (d / f"{split}.txt").write_text("\n".join(lines) + "\n")
     reader = Reader("clone", "d")
     train = reader.splits["train"]
-    assert texts(train) == [(FUNCTIONS[0], FUNCTIONS[1]), (FUNCTIONS[1], FUNCTIONS[4])] and train.labels.tolist() == [1, 0]
+    assert texts(train) == [(FUNCTIONS[0], FUNCTIONS[1]), (FUNCTIONS[1], FUNCTIONS[4])]
+    assert train.labels.tolist() == [1, 0]
     assert train.row(1) == {"idx1": "101", "idx2": "104"} and "test" not in reader.splits
     for line, message in (("100\t999\t1", "no function in data.jsonl has the idx 999"),
                           ("100\t101", "2 fields, where idx1, idx2 and label are expected"),
@@ -456,9 +462,10 @@ def renamed(code, hidden):
 
 def test_obfuscation_follows_scopes():
     hidden = data.obfuscate(SCOPES)
-    for kept in ("undefined.total", "(first=", "third=lambda", "arg0.total", "Point(x=", "global counter, tmp", ", key=",
-                 "import os.path, json as", "from sys import argv as", "docstring with first and second", "Base, metaclass=",
-                 "-> Type", "DEFAULT", "ValueError", "print", " counter =", " = tmp", ".Error", "arg0.first"):
+    for kept in ("undefined.total", "(first=", "third=lambda", "arg0.total", "Point(x=", "global counter, tmp",
+                 ", key=", "import os.path, json as", "from sys import argv as", "docstring with first and second",
+                 "Base, metaclass=", "-> Type", "DEFAULT", "ValueError", "print", " counter =", " = tmp", ".Error",
+                 "arg0.first"):
         assert kept in hidden, kept
     assert "        total = arg2\n        field: arg1 = total\n" in hidden  # attributes of the class
     names = renamed(SCOPES, hidden)
@@ -482,7 +489,8 @@ def test_obfuscation_of_real_code(functions):
 
 def test_a_new_name_does_not_take_that_of_a_global():
     assert data.obfuscate("def f(a):\n    return func(arg0, a)\n") == "def func0(arg1):\n    return func(arg0, arg1)\n"
-    assert data.obfuscate("def f(arg1, arg0):\n    return arg0, arg1\n") == "def func(arg0, arg1):\n    return arg1, arg0\n"
+    assert data.obfuscate("def f(arg1, arg0):\n    return arg0, arg1\n") == \
+        "def func(arg0, arg1):\n    return arg1, arg0\n"
     # a method's own name in its body is a global's
     assert data.obfuscate("def open(self):\n    return open(self)\n", method=True) == \
         "def func(arg0):\n    return open(arg0)\n"
@@ -515,7 +523,8 @@ async def f() -> None: return (x for x in {1: 2})
 @pytest.fixture
 def tree(d, functions):
     """Twelve files of real functions with their docstrings put back, and the first of them twice."""
-    documented = [f for f in functions if f["code"].startswith("def ") and not set('"\\') & set(f.get("docstring", '"'))]
+    documented = [f for f in functions
+                  if f["code"].startswith("def ") and not set('"\\') & set(f.get("docstring", '"'))]
     for i in range(12):
         body = "\n\n".join(re.sub(r":\n", f':\n    """{f["docstring"]}"""\n', f["code"], count=1)
                            for f in documented[5 * i:5 * i + 5] if re.match(r"def \w+\(.*\):\n", f["code"]))
@@ -531,7 +540,7 @@ def test_advtest_of_a_source_tree(tree):
     rows = {split: [json.loads(line) for line in open(f"out/{split}.jsonl")] for split in data.SPLITS}
     assert all(rows.values()) and set(rows["test"][0]) == {"docstring", "code", "url", "idx"}
     files = {split: {row["url"].split("#")[0] for row in rows[split]} for split in rows}
-    assert not files["train"] & files["valid"] and not files["train"] & files["test"] and not files["valid"] & files["test"]
+    assert sum(map(len, files.values())) == len(set().union(*files.values()))
     for split in rows:
         for i, row in enumerate(rows[split]):
             function = ast.parse(row["code"]).body[0]
@@ -545,7 +554,8 @@ def test_advtest_of_a_source_tree(tree):
     reader = Reader("advtest", "out")
     assert [len(reader.splits[split]) for split in rows] == list(map(len, rows.values()))
     assert cli("corpus", "d", "--task", "advtest", "-o", "again")[0] == 0
-    assert [open(f"out/{split}.jsonl").read() for split in rows] == [open(f"again/{split}.jsonl").read() for split in rows]
+    for split in rows:
+        assert open(f"out/{split}.jsonl").read() == open(f"again/{split}.jsonl").read()
 
 
 def test_typeinf_of_a_source_tree(tree):

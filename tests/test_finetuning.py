@@ -56,14 +56,14 @@ def test_precision_recall_f1():
     ([["T", "x"]], [["T", "x"]], 0.0),                                         # nor is a one-letter type closed by O
     ([["O"]], [["O"]], 0.0),
     ([["B-x", "B-x", "I-x", "K", "I-x"], ["Int", "B", "Int"]], [["B-x", "I-x", "I-x", "K", "B-x"], ["Int", "Int", "B"]],
-     1 / 3),                                                                   # B, I and S have the meaning of their schemes
+     1 / 3),                                                                   # B and I mean what they do elsewhere
     ([["Bool", "Bool", "I", "S"]], [["Bool", "Bool", "I", "I"]], 4 / 7),
-    ([["S", "Observable", "--", "Boolean"], ["-", "Observable", "O", "Observable", "Observable", "string", "S", "Boolean"],
-      ["S", "S", "Observable", "Observable", "Observable", "String", "string", "Boolean", "-", "Observable", "Observable"],
-      ["O", "String", "String", "O", "Boolean", "--", "S", "Observable"]],
-     [["string", "Observable", "--", "Observable"], ["S", "Observable", "O", "-", "Observable", "Observable", "S", "Boolean"],
-      ["S", "S", "string", "string", "--", "String", "Observable", "Boolean", "String", "Observable", "-"],
-      ["Observable", "Observable", "Boolean", "O", "Boolean", "string", "-", "-"]], 0.48484848484848486),
+    (["S Observable -- Boolean".split(), "- Observable O Observable Observable string S Boolean".split(),
+      "S S Observable Observable Observable String string Boolean - Observable Observable".split(),
+      "O String String O Boolean -- S Observable".split()],
+     ["string Observable -- Observable".split(), "S Observable O - Observable Observable S Boolean".split(),
+      "S S string string -- String Observable Boolean String Observable -".split(),
+      "Observable Observable Boolean O Boolean string - -".split()], 0.48484848484848486),
 ])
 def test_f1_as_published(gold, predicted, expected):
     assert abs(tasks.f1_published(gold, predicted) - expected) < 1e-12
@@ -192,9 +192,13 @@ class Filled:
 def test_each_distinct_function_is_encoded_once(tokenizer, functions, monkeypatch):
     split = functions_split(functions, tokenizer, 500, 2)
     task = tasks.Classification(encoder(tokenizer), tokenizer, "clone", ["0", "1"], 64)
-    rows = []
-    pool = tasks.pool
-    monkeypatch.setattr(tasks, "pool", lambda e, ids, lengths: rows.append(int((lengths > 0).sum())) or pool(e, ids, lengths))
+    rows, pool = [], tasks.pool
+
+    def counted(encoder, ids, lengths):
+        rows.append(int((lengths > 0).sum()))
+        return pool(encoder, ids, lengths)
+
+    monkeypatch.setattr(tasks, "pool", counted)
     tasks.evaluate(task, split.each(16, [64]), split)
     assert sum(rows) == len(np.unique(split.examples)) == 40
 
@@ -208,7 +212,8 @@ def test_in_batch_negatives(tokenizer):
     labels = torch.tensor([5, 6, 5, 7, 8, data.IGNORE])
     with torch.no_grad():
         loss, correct, count = task.sums(ids, lengths, labels, ids2, lengths).tolist()
-        q, c = (torch.nn.functional.normalize(tasks.pool(task.encoder, x, lengths).double(), dim=-1) for x in (ids, ids2))
+        q, c = (tasks.pool(task.encoder, x, lengths).double() for x in (ids, ids2))
+        q, c = (x / x.norm(dim=-1, keepdim=True) for x in (q, c))
     scores = (q @ c.T).numpy() / 0.07
     expected = hits = 0
     for i in range(5):
@@ -220,7 +225,8 @@ def test_in_batch_negatives(tokenizer):
 
 def test_accumulation_of_retrieval_keeps_all_negatives(tokenizer, functions):
     """The gradients of a batch encoded in pieces are those of the whole."""
-    split = Split(Strings([f["code"] for f in functions]), np.arange(24).reshape(12, 2), candidates=np.arange(12) * 2 + 1)
+    split = Split(Strings([f["code"] for f in functions]), np.arange(24).reshape(12, 2),
+                  candidates=np.arange(12) * 2 + 1)
     batch = next(split.prepare(tokenizer, 48).training(12, [48], 0).stream())
     found = []
     for accumulate in (1, 5):
@@ -238,7 +244,8 @@ def test_evaluation_is_the_same_at_any_batch_size(tokenizer, functions, batch, l
 
     n = np.arange(30)
     for kind, split in (
-            ("classify", functions_split(functions, tokenizer, 50, 1)), ("pair", functions_split(functions, tokenizer, 50, 2)),
+            ("classify", functions_split(functions, tokenizer, 50, 1)),
+            ("pair", functions_split(functions, tokenizer, 50, 2)),
             ("retrieval", functions_split(functions, tokenizer, 30, 2, query=n, candidates=n + 40, gold=n)),
             ("tag", Split(files, n[:, None], index={"UNK": 0, "=": 1, "if": 2}).prepare(tokenizer, 64))):
         labels = ["UNK", "=", "if"] if kind == "tag" else ["0", "1"]
@@ -319,7 +326,8 @@ def result(said):
 
 
 # the metric, and what guessing gives: 1/3, the larger half, half, and MRR = (1 + 1/2 + ... + 1/64) / 64
-CHANCE = {"classify": ("accuracy", 1 / 3), "pair": ("accuracy", 0.56), "tag": ("accuracy", 0.5), "retrieval": ("mrr", 0.074)}
+CHANCE = {"classify": ("accuracy", 1 / 3), "pair": ("accuracy", 0.56), "tag": ("accuracy", 0.5),
+          "retrieval": ("mrr", 0.074)}
 
 
 @pytest.mark.parametrize("kind", CHANCE)
@@ -397,7 +405,8 @@ def test_predict_keeps_order_and_fields(toys, tmp_path, monkeypatch):
             for one, two in zip(found, piped, strict=True):
                 assert one["probabilities"] == pytest.approx(two["probabilities"], abs=1e-5)
             cli("evaluate", "classify", "--ckpt", "classify.pt", "--predictions", tmp_path / "p")
-            assert [line.split("\t")[1].strip() for line in open(tmp_path / "p")] == [row["prediction"] for row in found]
+            written = [line.split("\t")[1].strip() for line in open(tmp_path / "p")]
+            assert written == [row["prediction"] for row in found]
 
 
 def test_predict_for_source_files(toys, tmp_path, monkeypatch):
@@ -426,12 +435,12 @@ def test_what_the_commands_refuse(toys, small, corpus):
     assert code == 0, said
     for args, message in (
             (["evaluate", "classify", "--ckpt", "model.pt", "--data", toys / "classify"],
-             "model.pt is a pretrained encoder: `codessm finetune classify --ckpt model.pt` makes a model for classify"),
+             "model.pt is a pretrained encoder: `codessm finetune classify --ckpt model.pt` makes a model for"),
             (["evaluate", "devign", "--ckpt", toys / "classify.pt", "--data", toys / "classify"],
              "was fine-tuned for classify, which is not the same kind of task as devign"),
             (["evaluate", "mlm", "--ckpt", toys / "tag.pt", "--data", small], "no longer predicts masked tokens"),
             (["evaluate", "mlm", "--ckpt", "model.pt", "--predictions", "p"], "--predictions is for the other tasks"),
-            (["evaluate", "tag", "--ckpt", toys / "tag.pt", "--code-field", "x"], "--code-field and --text-field are for"),
+            (["evaluate", "tag", "--ckpt", toys / "tag.pt", "--code-field", "x"], "--code-field and --text-field are"),
             (["evaluate", "pair", "--ckpt", toys / "pair.pt"], "pair: no such file or folder; pair is read from"),
             (["predict", "--ckpt", "model.pt", small], "predicts nothing yet: fine-tune it first"),
             (["predict", "--ckpt", toys / "pair.pt", small], f'{small}:1: no field "code1" or "func1"'),
@@ -517,7 +526,8 @@ def test_the_untrained_model_is_never_the_best(toys, tmp_path):
 def test_evaluate_mlm(small):
     code, said = cli("pretrain", small, *TINY, "--steps", 2, "--json")
     trained = result(said)
-    code, said = cli("evaluate", "mlm", "--ckpt", "model.pt", "--data", small, "--ctx", 32, "--split", "valid", "--json")
+    code, said = cli("evaluate", "mlm", "--ckpt", "model.pt", "--data", small, "--ctx", 32, "--split", "valid",
+                     "--json")
     found = result(said)
     assert code == 0 and found["loss"] == pytest.approx(trained["loss"], rel=1e-6) and found["examples"] == 6
     code, said = cli("evaluate", "mlm", "--ckpt", "model.pt", "--data", small, "--ctx", 100)
