@@ -884,7 +884,9 @@ def label_field(record: dict, name: str, allowed: Iterable[str] = ()) -> str:
     return label
 
 
-QUOTED = re.compile(r"""^[ \t]*[rRuU]?("{3}|'{3}|"|')(.*?)\1[ \t]*(?:\n|\Z)""", re.DOTALL | re.MULTILINE)
+# a docstring, where the code does not parse: a string alone on its lines, after one that ends with a colon
+DOCSTRING = re.compile(r"(?<=:)([ \t]*(?:#[^\n]*)?\n\s*?)[ \t]*[rRuU]?"
+                       r"""(?:("{3}|'{3})(.*?)\2|(["'])(?!\4)([^\n]*?)\4)[ \t]*(?:#[^\n]*)?(?=\n|\Z)""", re.DOTALL)
 
 
 def without_docstring(text: str, code: str) -> str:
@@ -894,7 +896,7 @@ def without_docstring(text: str, code: str) -> str:
     def holds(string: str) -> bool:
         return key in re.sub(r"\W+", "", string)
 
-    if not key or '"' not in code and "'" not in code or not holds(code):
+    if not key or '"' not in code and "'" not in code or not holds(code) and "\\" not in code:
         return code
     try:
         with warnings.catch_warnings():
@@ -902,15 +904,15 @@ def without_docstring(text: str, code: str) -> str:
             source = textwrap.dedent(code)
             tree = ast.parse(source)
         for node in ast.walk(tree):
-            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) \
-                    and holds(ast.get_docstring(node) or ""):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and ast.get_docstring(node) and (
+                    holds(ast.get_docstring(node)) or holds(ast.get_source_segment(source, node.body[0]))):
                 begin, end, instead = docstring_place(source, node)
                 return source[:begin] + instead + source[end:]
         return code
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        for string in QUOTED.finditer(code):  # Python 2, say
-            if holds(string[2]):
-                return code[:string.start()] + code[string.end():]
+        for string in DOCSTRING.finditer(code):  # Python 2, say
+            if holds(string[3] or string[5] or ""):
+                return code[:string.end(1)].rstrip() + code[string.end():]
         return once(text, code)[1]
 
 
@@ -1289,7 +1291,8 @@ class Reader:
         known = set(self.labels)
 
         def note(source: int, line: bytes, parsed: tuple) -> None:
-            key = "\0".join(parsed[0]) if kind == "tag" else parsed[1] if kind == "retrieval" else parsed[0]
+            key = {"tag": lambda: "\0".join(parsed[0]), "retrieval": lambda: parsed[1], "classify": lambda: parsed[0],
+                   "pair": lambda: "\0".join(sorted(parsed[:2]))}[kind]()
             split = files[source][0] or seeded_split(key)
             if kind == "tag" and split == "train" and not self.labels:
                 tags.update(label for label in parsed[1] if label is not None)
@@ -1373,7 +1376,7 @@ class Reader:
         except (ValueError, RecursionError) as error:
             raise Problem(f"{source.name}: not JSON as published: {error}") from None
         # a line an element, so that file:line tells which one
-        path = spool_lines({"func": function.get("func"), "idx": i} for i, function in enumerate(functions))
+        path = spool_lines(function | {"idx": i} for i, function in enumerate(functions))
         records, numbers = self.named(Source(source.name, path, ""), self.task.code, "code", "idx")
 
         def parse(_number: int, fields: list[str]) -> tuple[int, int]:
@@ -1810,8 +1813,9 @@ def obfuscate(code: str, method: bool = False) -> str | None:
     """A function with the names that it binds replaced by func, arg0, ..., var0, ..., the layout kept.
 
     These are its own, its parameters', locals' and nested functions', where they stand for variables; attributes,
-    callees' keywords, globals, strings, and modules imported under their own name stay. In a `method` its own
-    name, used as a variable, is a global's. None where the result would not parse to the same tree up to these names.
+    callees' keywords, globals, strings, and what an import without `as` binds stay. In a `method` its own name, used
+    as a variable, is a global's. None where the result would not parse to the same tree up to these names, or an
+    import binds a parameter's name.
     """
     tree = ast.parse(code)
     if any(getattr(node, "type_params", None) for node in ast.walk(tree)):
@@ -1839,17 +1843,22 @@ def obfuscate(code: str, method: bool = False) -> str | None:
     own = tree.body[0]
     places = list(variables(own, method))
     decorators = {id(node) for decorator in own.decorator_list for node in ast.walk(decorator)}
-    bound = [place for place in places if place[3] is own or place[0].binds(place[1])
-             or place[1] == own.name and id(place[3]) in decorators]  # @name.setter def name
-    taken = {place[1] for place in places if place not in bound}
+    bound, taken = [], set()
+    for place in places:
+        scope, name, role, node = place
+        if node is own or scope.binds(name) or name == own.name and id(node) in decorators:  # @name.setter def name
+            bound.append(place)
+        elif role == "arg":
+            return None
+        else:
+            taken.add(name)
     roles: dict[str, str] = {}
     for _, name, role, node in sorted(bound, key=lambda place: (place[3].lineno, place[3].col_offset)):
         roles[name] = role if roles.get(name, "var") == "var" else roles[name]
-    new: dict[str, str] = {}
+    new, numbers = {}, {role: map(str, itertools.count()) for role in ("func", "arg", "var")}
+    numbers["func"] = itertools.chain([""], numbers["func"])
     for name, role in {own.name: "func", **roles}.items():
-        numbers = map(str, itertools.count()) if new else itertools.chain([""], itertools.count())
-        new[name] = next(fresh for number in numbers if (fresh := f"{role}{number}") not in taken
-                         and fresh not in new.values())
+        new[name] = next(fresh for number in numbers[role] if (fresh := f"{role}{number}") not in taken)
     edits = set()
     for _, name, _, node in bound:
         start = locate(node, name)
@@ -1868,8 +1877,9 @@ def obfuscate(code: str, method: bool = False) -> str | None:
         return None
 
 
-def typed_tokens(source: str, always: bool = False) -> tuple[list[str], list[str | None]]:
-    """The tokens of Python source without its annotations, and for each token the type that it was annotated with.
+def typed_tokens(source: str, always: bool = False) -> tuple[list[str], list[str | None], list[tuple[int, int]]]:
+    """The tokens of Python source without its annotations, for each the type that it was annotated with, and where in
+    them its functions begin and end (those inside another left out).
 
     The annotation of a parameter or a variable labels its name (of an attribute its last token), a return
     annotation the name of the function. Comments and layout are left out; of a file without annotations everything,
@@ -1880,7 +1890,7 @@ def typed_tokens(source: str, always: bool = False) -> tuple[list[str], list[str
         tree = ast.parse(source)
     typed = [node for node in ast.walk(tree) if getattr(node, "annotation", None) or getattr(node, "returns", None)]
     if not typed and not always:
-        return [], []
+        return [], [], []
     layout = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
     tokens = [token for token in tokenize.generate_tokens(io.StringIO(source).readline)
               if token.type not in layout and token.string]
@@ -1893,23 +1903,33 @@ def typed_tokens(source: str, always: bool = False) -> tuple[list[str], list[str
         """The number of the first token at or after an ast position."""
         return bisect.bisect_left(starts, (line, len(rows[line - 1].encode()[:column].decode())))
 
-    def take(annotation: ast.expr, opening: str, labelled: int | None = None) -> None:
-        """Remove the tokens from the `opening` one to the annotation's last; it labels `labelled` or the one before."""
+    def take(annotation: ast.expr, opening: str, labelled: int | None) -> None:
+        """Remove the tokens from the `opening` one to the annotation's last; it labels token number `labelled`."""
         first = at(annotation.lineno, annotation.col_offset)
         last = at(annotation.end_lineno, annotation.end_col_offset)
         while tokens[first].string != opening:  # parentheses around it
             first -= 1
         depth = sum((token.string == "(") - (token.string == ")") for token in tokens[first:last])
         gone[first:last + depth] = True
-        labels[first - 1 if labelled is None else labelled] = ast.unparse(annotation)
+        if labelled is not None:
+            labels[labelled] = ast.unparse(annotation)
 
     for node in typed:
-        if isinstance(node, (ast.arg, ast.AnnAssign)):
-            take(node.annotation, ":")
+        if isinstance(node, ast.arg):
+            take(node.annotation, ":", at(node.lineno, node.col_offset))
+        elif isinstance(node, ast.AnnAssign):
+            target = node.target
+            named = isinstance(target, (ast.Name, ast.Attribute))
+            take(node.annotation, ":", at(target.end_lineno, target.end_col_offset) - 1 if named else None)
         else:
             take(node.returns, "->", at(node.lineno, node.col_offset) + 1 + isinstance(node, ast.AsyncFunctionDef))
     kept = np.flatnonzero(~gone)
-    return [well_formed(tokens[i].string) for i in kept], [labels[i] and well_formed(labels[i]) for i in kept]
+    functions = [(at(node.lineno, node.col_offset), at(node.end_lineno, node.end_col_offset))
+                 for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    functions = [tuple(np.searchsorted(kept, span).tolist()) for span in sorted(functions)
+                 if not any(a < span[0] and span[1] <= b for a, b in functions)]
+    return ([well_formed(tokens[i].string) for i in kept], [labels[i] and well_formed(labels[i]) for i in kept],
+            functions)
 
 
 MADE = ("advtest", "typeinf")  # the tasks that can be made of source trees
@@ -1921,8 +1941,8 @@ def build_benchmark(task: str, paths: Iterable[str], folder: str) -> None:
     advtest: the first paragraph of a docstring, and the function without it, chosen as CodeSearchNet does (at least
     three words and three lines, no test, no special method); in valid and test the function is obfuscated.
     typeinf: the tokens of a file and the types of some, from its annotations; and vocab_50000.txt of the training
-    split's types. Files are split 80/10/10 by a hash of their path. Text seen before is dropped, of functions also
-    what differs in the names alone. Raises `Problem`.
+    split's types. Files are split 80/10/10 by a hash of their path. Text seen before is dropped, of advtest also what
+    differs in the names alone; out of files are cut the functions that another split has. Raises `Problem`.
     """
     if not folder or os.path.exists(folder) and not os.path.isdir(folder):
         raise Problem(f"{folder or 'an empty name'} is no folder: give -o the name of one")
@@ -1950,6 +1970,7 @@ def build_benchmark(task: str, paths: Iterable[str], folder: str) -> None:
         parts = {"test": found[:tenth], "valid": found[tenth:2 * tenth], "train": found[2 * tenth:]}
         os.makedirs(folder, exist_ok=True)
         types: Counter[str] = Counter()
+        home: dict[int, str] = {}  # of the text of a function, the split that has it
         for split in SPLITS:
             written = dropped = 0
             with atomic(os.path.join(folder, f"{split}.jsonl")) as out:
@@ -1963,13 +1984,20 @@ def build_benchmark(task: str, paths: Iterable[str], folder: str) -> None:
                                 dropped += 1
                                 continue
                             record |= {"code": record["code"] if split == "train" else hidden, "idx": written}
-                        elif split == "train":
-                            types.update(label for label in record["labels"] if label is not None)
+                        else:
+                            cut_functions(record, split, home)
+                            if not any(record["labels"]):
+                                dropped += 1
+                                continue
+                            if split == "train":
+                                types.update(label for label in record["labels"] if label is not None)
                         out.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
                         written += 1
             say(f"{folder}/{split}.jsonl: {written:,} {'functions' if task == 'advtest' else 'files with types'} from "
                 f"{len(parts[split]):,} source files"
-                + (f"; {dropped:,} left out, whose names cannot be replaced" if dropped else ""))
+                + (f"; {dropped:,} left out, " + ("whose names cannot be replaced" if task == "advtest" else
+                                                  "all of whose functions with types another split has")
+                   if dropped else ""))
         if task == "typeinf":
             names = [UNK, "Any"] + [name for name, _ in types.most_common() if name not in (UNK, "Any")]
             with atomic(os.path.join(folder, "vocab_50000.txt")) as out:
@@ -1977,13 +2005,21 @@ def build_benchmark(task: str, paths: Iterable[str], folder: str) -> None:
             say(f"{len(types):,} types, {types.total():,} labels in train")
 
 
+def cut_functions(record: dict, split: str, home: dict[int, str]) -> None:
+    """Cut those functions out of a file's tokens and labels that another split has."""
+    tokens, labels = record["tokens"], record["labels"]
+    for begin, end in reversed(record.pop("functions")):
+        if home.setdefault(digest("\0".join(tokens[begin:end])), split) != split:
+            del tokens[begin:end], labels[begin:end]
+
+
 def benchmark_records(task: str, source: str, path: str) -> Iterator[dict]:
     """What one Python file gives to a benchmark; nothing if it does not parse."""
     try:
         if task == "typeinf":
-            tokens, labels = typed_tokens(source)
+            tokens, labels, functions = typed_tokens(source)
             if any(labels):
-                yield {"tokens": tokens, "labels": labels, "path": path}
+                yield {"tokens": tokens, "labels": labels, "path": path, "functions": functions}
             return
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -227,8 +227,8 @@ class Retrieval(nn.Module):
         q, c = pool(text), pool(code), normalised     logits = q c^T exp(s)     s from log(1 / 0.07) to at most log 100
 
     The cross-entropy is that of each text over the codes of the batch, as in InfoNCE (van den Oord et al. 2018); a
-    code that is the same item as a text's own is no negative. As the rows of a batch depend on each other,
-    --accumulate cuts only the encoding into pieces and encodes each again for its gradients.
+    code that is the same item as a text's own, or that of an equal text, is no negative. As the rows of a batch depend
+    on each other, --accumulate cuts only the encoding into pieces and encodes each again for its gradients.
     """
     coupled, pieces = True, 1
 
@@ -255,7 +255,8 @@ class Retrieval(nn.Module):
             logits = q @ c.T * self.scale.clamp(max=math.log(100)).exp()
         own = torch.eye(len(q), dtype=torch.bool, device=q.device)
         empty = labels == IGNORE
-        logits = logits.masked_fill(((labels[:, None] == labels) & ~own) | empty & ~own, -math.inf)
+        same = (labels[:, None] == labels) | (ids[:, None] == ids).all(-1)
+        logits = logits.masked_fill((same | empty) & ~own, -math.inf)
         return classify(logits, torch.where(empty, IGNORE, torch.arange(len(q), device=q.device)))
 
     def outputs(self, batches: Iterable[Batch], split: Split) -> tuple[np.ndarray, np.ndarray]:
@@ -296,6 +297,7 @@ def identity(row: dict, number: int, *names: str) -> object:
     return next((row[name] for name in names if name in row), number)
 
 
+SCORES = 2 ** 24  # similarities that are held at a time
 TIE = 1e-6  # cosines that differ by less are equal: they are sums of float32
 
 
@@ -307,12 +309,12 @@ def rank(queries: torch.Tensor, candidates: torch.Tensor, query: np.ndarray, gol
         queries (Q, d), candidates (C, d): float32.
         query, gold: (n,) int64, n >= Q: candidate `gold[i]` is right for query `query[i]`.
     Returns int64 (Q,) and (Q, min(best, C)). rank = 1 + #{wrong candidates: score > its score - 1e-6}; a chunk of
-    queries at a time, so that at most 2^24 scores are held.
+    queries at a time, so that at most 2^24 of them are held.
     """
     ranks, top = [], []
     order = np.argsort(query, kind="stable")
     query, gold = query[order], gold[order]
-    chunk = max(1, 2 ** 24 // len(candidates))
+    chunk = max(1, SCORES // len(candidates))
     for start in progress(range(0, len(queries), chunk), desc="ranking", leave=False):
         scores = queries[start:start + chunk] @ candidates.T
         own = slice(*np.searchsorted(query, [start, start + len(scores)]))
@@ -778,7 +780,8 @@ def train(task: nn.Module, batches: Batches, held_out: Batches, output: Output, 
                     group["lr"] = rate
                 window.append(one_step(task, optimizer, batch, accumulate))
                 step += 1
-                tokens += int(batch.lengths.sum() + (batch.second[1].sum() if batch.second else 0))
+                sides = [batch.lengths] + ([batch.second[1]] if batch.second and not isinstance(task, Tagging) else [])
+                tokens += int(sum(lengths.sum() for lengths in sides))
                 bar.update()
 
                 now = time.monotonic()

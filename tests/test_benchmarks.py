@@ -128,7 +128,7 @@ def test_labels_are_names_or_whole_numbers(d):
                                  "there is nothing to tell apart")
 
 
-def test_one_file_is_split_by_a_hash_of_the_line(d):
+def test_one_file_is_split_by_a_hash_of_the_code(d):
     rows = [{"func": f"int f{i}() {{}}", "target": i % 2} for i in range(2000)]
     write_lines(d / "diversevul_20230702.json", rows)
     reader = Reader("diversevul", "d")
@@ -158,7 +158,9 @@ def test_what_is_not_there_is_named(d):
         'file, split 80/10/10, a line of JSONL being like {"src": "int f() {...}", "complexity": "linear"}. It is '
         "published at https://huggingface.co/datasets/codeparrot/codecomplex")
     for name in data.TASKS:
-        assert data.TASKS[name].line in wrong(name) and "no" in wrong(name)
+        task = data.TASKS[name]
+        for part in (task.files, task.line, task.published):
+            assert part in wrong(name)
     write_lines(d / "train.jsonl", [{"func": "f", "target": 0}])
     assert wrong("devign").startswith("d: there is no valid split; devign is read from function.json with")
     assert wrong("devign", wanted=["test"], required=["test"]).startswith("d: there is no test split")
@@ -202,6 +204,17 @@ def test_only_the_docstring_that_the_text_is_from_is_cut():
     with pytest.raises(SyntaxError):
         ast.parse(old)
     assert data.without_docstring("Add two numbers .", old) == old.replace(docstring, "")
+    for before, after in (
+            ('@foo(\n    "a",\n    "b")\ndef f():\n    """Split by newline."""\n    print x\n',
+             '@foo(\n    "a",\n    "b")\ndef f():\n    print x\n'),
+            ('def f(s):\n    """Split by newline."""  # noqa\n    print s\n    y = "a"\n    return y',
+             'def f(s):\n    print s\n    y = "a"\n    return y'),
+            ("def f(s):  # f\n\n    'Split by newline.'\n    print s\n", "def f(s):  # f\n\n    print s\n"),
+            ("def f(s):\n    'Split by newline.'; print s\n", "def f(s):\n    'Split by newline.'; print s\n")):
+        assert data.without_docstring("Split by newline.", before).replace("\n\n", "\n") == after.replace("\n\n", "\n")
+    escaped = 'def f(s):\n    """Split by \\n newline."""\n    return s\n'
+    for text in ("Split by \n newline.", "Split by \\n newline."):  # its value, and as it is spelt
+        assert data.without_docstring(text, escaped) == "def f(s):\n    return s\n"
     assert data.without_docstring("Only this.", 'def f():\n    "Only this."\n') == "def f():\n    pass\n"
 
 
@@ -210,6 +223,13 @@ def test_copies_of_a_function_are_in_one_split(d):
     write_lines(d / "diversevul.json", rows)
     found = {split: set(texts(s)) for split, s in Reader("diversevul", "d", required=[]).splits.items()}
     assert sum(map(len, found.values())) == 40 == len(set().union(*found.values())) and len(found) == 3
+
+
+def test_a_pair_and_its_swap_are_in_one_split(d):
+    pairs = [(f"f{i}", f"g{i}") for i in range(100)]
+    write_lines(d / "all.jsonl", [{"code1": a, "code2": b, "label": 1} for a, b in pairs + [p[::-1] for p in pairs]])
+    found = {split: {frozenset(pair) for pair in texts(s)} for split, s in Reader("pair", "d").splits.items()}
+    assert sum(map(len, found.values())) == 100 and len(found) == 3
 
 
 def test_candidates_of_sqa_are_all_answers(d):
@@ -470,6 +490,9 @@ def test_obfuscation_follows_scopes():
     assert "        total = arg2\n        field: arg1 = total\n" in hidden  # attributes of the class
     names = renamed(SCOPES, hidden)
     assert names["outer"] == "func" and names["first"] == "arg1" and not {"counter", "tmp", "path", "os"} & set(names)
+    many = "def f():\n" + "".join(f"    v{i} = {i}\n" for i in range(4000))
+    assert "    var3999 = 3999\n" in data.obfuscate(many)  # in seconds, not minutes
+    assert data.obfuscate("def f(a):\n    import a.b\n    return a\n") is None
     assert {"found", "one", "others", "whole", "c", "x", "js", "arguments", "handle", "error"} <= set(names)
 
 
@@ -507,17 +530,19 @@ class C:
     y: "Caf\xe9" = 1; self.z: (list[int]) = []
     def m(self, a: int, *b: dict[str, (int)], c: (int) = 5, d=(1)) -> typing.Optional[int]:
         """a docstring"""
-        é: str; k: Callable[[int], str] = lambda q: (q)
+        (q): int = 1; a[0]: int = 1; é: str; k: Callable[[int], str] = lambda q: (q)
 async def f() -> None: return (x for x in {1: 2})
 '''
-    tokens, labels = data.typed_tokens(source)
+    tokens, labels, functions = data.typed_tokens(source)
+    assert [tokens[begin:begin + 3][-2:] for begin, _ in functions] == [["m", "("], ["def", "f"]]
     typed = {(token, label) for token, label in zip(tokens, labels) if label}
     assert typed == {("x", "int"), ("y", "'Caf\xe9'"), ("z", "list[int]"), ("a", "int"), ("b", "dict[str, int]"),
                      ("c", "int"), ("m", "typing.Optional[int]"), ("\xe9", "str"), ("k", "Callable[[int], str]"),
-                     ("f", "None")}
+                     ("f", "None"), ("q", "int")}
     assert " ".join(tokens) == (
         "import typing x = 3 class C : y = 1 ; self . z = [ ] def m ( self , a , * b , c = 5 , d = ( 1 ) ) : "
-        '"""a docstring""" \xe9 ; k = lambda q : ( q ) async def f ( ) : return ( x for x in { 1 : 2 } )')
+        '"""a docstring""" ( q ) = 1 ; a [ 0 ] = 1 ; \xe9 ; k = lambda q : ( q ) '
+        "async def f ( ) : return ( x for x in { 1 : 2 } )")
 
 
 @pytest.fixture
@@ -569,6 +594,24 @@ def test_typeinf_of_a_source_tree(tree):
             assert row["labels"][row["tokens"].index(f"typed{i}")] == "str" and "->" not in row["tokens"]
     assert open("out/vocab_50000.txt").read().split() == ["UNK", "Any", "int", "str"]
     assert Reader("typeinf", "out").labels == ["UNK", "Any", "int", "str"]
+
+
+def test_typeinf_has_no_function_on_two_sides(d):
+    """The same typed function in every file is left in one split alone, and cut out of the files of the others."""
+    for i in range(30):
+        (d / f"m{i}.py").write_text(f"n{i}: int = {i}\n\ndef area(radius: float) -> float:\n    return radius\n\n"
+                                    f"class A:\n    def f{i}(self) -> str:\n        return self\n")
+    assert cli("corpus", "d", "--task", "typeinf", "-o", "out")[0] == 0
+    having = set()
+    for split in data.SPLITS:
+        for line in open(f"out/{split}.jsonl"):
+            row = json.loads(line)
+            assert len(row["tokens"]) == len(row["labels"]) and set(row) == {"tokens", "labels", "path"}
+            i = row["path"][1:-3]
+            assert dict(zip(row["tokens"], row["labels"]))[f"n{i}"] == "int"
+            assert dict(zip(row["tokens"], row["labels"]))[f"f{i}"] == "str"
+            having |= {split} if "area" in row["tokens"] else set()
+    assert having == {"train"}
 
 
 def test_what_no_benchmark_can_be_made_of(tree):
