@@ -200,8 +200,7 @@ class Encoder(nn.Module):
         nn.init.normal_(self.embedding.weight, std=0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.64 / math.sqrt(d))
-                nn.init.zeros_(module.bias)
+                tasks.initialise(module, d)
 
     def forward(self, ids: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
         """Hidden states (B, L, d), float32, of token ids (B, L), int32 or int64, right-padded.

@@ -899,14 +899,11 @@ def without_docstring(text: str, code: str) -> str:
     if not key or '"' not in code and "'" not in code or not holds(code) and "\\" not in code:
         return code
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            source = textwrap.dedent(code)
-            tree = ast.parse(source)
-        for node in ast.walk(tree):
+        source = textwrap.dedent(code)
+        for node in ast.walk(parse_python(source)):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and ast.get_docstring(node) and (
                     holds(ast.get_docstring(node)) or holds(ast.get_source_segment(source, node.body[0]))):
-                begin, end, instead = docstring_place(source, node)
+                begin, end, instead = docstring_place(source, node, *positions(source)[1:])
                 return source[:begin] + instead + source[end:]
         return code
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -1159,6 +1156,15 @@ def seeded_split(key: str) -> str:
     return "train" if place < 0.8 else "valid" if place < 0.9 else "test"
 
 
+def what_it_is_of(kind: str, parsed: tuple) -> str:
+    """The code of an example, whose copies must be in the same split; of a pair both, in no order."""
+    if kind == "tag":
+        return "\0".join(parsed[0])
+    if kind == "pair":
+        return "\0".join(sorted(parsed[:2]))
+    return parsed[kind == "retrieval"]
+
+
 def first_of(digests: np.ndarray) -> np.ndarray:
     """For each element the number of the first one equal to it."""
     _, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
@@ -1236,9 +1242,9 @@ class Reader:
         self.bad += records.bad
         return records, numbers
 
-    def rows(self, split: str, file: str, parse: Callable[[int, list[str]], object]) -> list:
-        """What `parse` makes of the fields of each line of a split's text file; it raises `BadLine`."""
-        if split not in self.wanted or not (self.path / file).exists():
+    def rows(self, file: str, parse: Callable[[int, list[str]], object]) -> list:
+        """What `parse` makes of the fields of each line of a text file, if there is one; it raises `BadLine`."""
+        if not (self.path / file).exists():
             return []
         source, found = self.open(file), []
         for number, _offset, line in lines(source.path):
@@ -1291,9 +1297,7 @@ class Reader:
         known = set(self.labels)
 
         def note(source: int, line: bytes, parsed: tuple) -> None:
-            key = {"tag": lambda: "\0".join(parsed[0]), "retrieval": lambda: parsed[1], "classify": lambda: parsed[0],
-                   "pair": lambda: "\0".join(sorted(parsed[:2]))}[kind]()
-            split = files[source][0] or seeded_split(key)
+            split = files[source][0] or seeded_split(what_it_is_of(kind, parsed))
             if kind == "tag" and split == "train" and not self.labels:
                 tags.update(label for label in parsed[1] if label is not None)
             if kind in ("classify", "pair"):
@@ -1386,7 +1390,7 @@ class Reader:
             return numbers[fields[0].strip()], int(label_field(function, self.task.label, self.task.labels))
 
         for split in self.wanted:
-            found = np.array(self.rows(split, f"{split}.txt", parse), np.int64).reshape(-1, 2)
+            found = np.array(self.rows(f"{split}.txt", parse), np.int64).reshape(-1, 2)
             if len(found):
                 self.splits[split] = Split(Texts((records, 0)), found[:, :1], found[:, 1],
                                            row=Row(records, found[:, 0]), size=records.bytes)
@@ -1410,7 +1414,7 @@ class Reader:
             return numbers[fields[0]], numbers[fields[1]], int(fields[2])
 
         for split in self.wanted:
-            found = np.array(self.rows(split, f"{split}.txt", parse), np.int64).reshape(-1, 3)
+            found = np.array(self.rows(f"{split}.txt", parse), np.int64).reshape(-1, 3)
             if len(found):
                 self.splits[split] = Split(Texts((records, 0)), found[:, :2], found[:, 2], size=records.bytes,
                                            row=PairRow(list(numbers), found[:, :2]))
@@ -1436,19 +1440,16 @@ class Reader:
                 raise BadLine(f"no text in corpus.jsonl has the _id {fields[1][:80]}")
             return (fields[0], query_names[fields[0]], names[fields[1]]) if score > 0 else None
 
-        wanted, published = self.wanted, True
         files = {split: f"qrels/{split}.tsv" for split in SPLITS}
         if not (self.path / files["valid"]).exists():
             files["valid"] = "qrels/dev.tsv"  # BEIR's own name
-            published = (self.path / files["valid"]).exists()
-        if not published:  # the validation split is then some of the training queries
-            self.wanted = [*wanted, "train"]
-            self.notes = "the validation split is a tenth of the training queries, by a hash"
-        pairs = {split: self.rows(split, file, parse) for split, file in files.items()}
+        published = (self.path / files["valid"]).exists()
+        pairs = {split: self.rows(file, parse) for split, file in files.items()
+                 if split in self.wanted or split == "train" and not published}
         if not published:
+            self.notes = "the validation split is a tenth of the training queries, by a hash"
             pairs["valid"] = [pair for pair in pairs["train"] if seeded_split(pair[0]) == "valid"]
             pairs["train"] = [pair for pair in pairs["train"] if seeded_split(pair[0]) != "valid"]
-        self.wanted = wanted
         for split in self.wanted:
             if pairs[split]:
                 found = np.unique([pair[1:] for pair in pairs[split]], axis=0)
@@ -1643,15 +1644,19 @@ def cut_source(source: str, language: str) -> Iterator[dict]:
     """The records of one file: its functions if it is Python that parses, else the whole of it."""
     if language == "python":
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                tree = ast.parse(source)
-            yield from python_functions(source, tree)
+            yield from python_functions(source, parse_python(source))
             return
         except (SyntaxError, ValueError, RecursionError, MemoryError):
             pass
     if source.strip():
         yield {"code": source}
+
+
+def parse_python(source: str) -> ast.Module:
+    """The tree of a source, without a word on the escapes that it spells wrongly; raises SyntaxError and others."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return ast.parse(source)
 
 
 def positions(source: str) -> tuple[list[str], list[int], Callable[[int, int], int]]:
@@ -1666,9 +1671,11 @@ def positions(source: str) -> tuple[list[str], list[int], Callable[[int, int], i
     return rows, starts, until
 
 
-def docstring_place(source: str, node: ast.stmt) -> tuple[int, int, str]:
-    """Where in the source a function's docstring begins and ends, and what is to stand there instead."""
-    _, starts, until = positions(source)
+def docstring_place(source: str, node: ast.stmt, starts: list[int], until: Callable) -> tuple[int, int, str]:
+    """Where in the source a function's docstring begins and ends, and what is to stand there instead.
+
+    `starts` and `until` are from `positions(source)`.
+    """
     literal = node.body[0]
     begin, end = until(literal.lineno, literal.col_offset), until(literal.end_lineno, literal.end_col_offset)
     if len(node.body) == 1:
@@ -1702,7 +1709,7 @@ def python_functions(source: str, tree: ast.Module) -> Iterator[dict]:
         record = {"name": node.name, "line": first} | ({"method": True} if method else {})
         code, docstring = source[begin:end], ast.get_docstring(node)
         if docstring is not None:
-            a, b, instead = docstring_place(source, node)
+            a, b, instead = docstring_place(source, node, starts, until)
             code = source[begin:a] + instead + source[b:end]
             if docstring.strip():
                 record["docstring"] = docstring.strip()
@@ -1720,7 +1727,7 @@ class Scope:
     def __init__(self, kind: str, parent: "Scope | None" = None, comprehension: bool = False):
         self.kind, self.parent, self.comprehension = kind, parent, comprehension
         self.bound: set[str] = set()
-        self.fixed: set[str] = set()      # bound by an import: the name of a module, which stays
+        self.fixed: set[str] = set()      # bound by an import without `as`, whose name stays
         self.outer: set[str] = set()      # declared nonlocal
         self.globals: set[str] = set()
 
@@ -1817,7 +1824,7 @@ def obfuscate(code: str, method: bool = False) -> str | None:
     as a variable, is a global's. None where the result would not parse to the same tree up to these names, or an
     import binds a parameter's name.
     """
-    tree = ast.parse(code)
+    tree = parse_python(code)
     if any(getattr(node, "type_params", None) for node in ast.walk(tree)):
         return None
     _, _, until = positions(code)
@@ -1867,12 +1874,11 @@ def obfuscate(code: str, method: bool = False) -> str | None:
         edits.add((start, name))
         field = NAME_OF.get(type(node), "name")
         value = getattr(node, field)
-        setattr(node, field, [new.get(v, v) if v == name else v for v in value] if isinstance(value, list)
-                else new[name])
+        setattr(node, field, [new[name] if v == name else v for v in value] if isinstance(value, list) else new[name])
     for start, name in sorted(edits, reverse=True):
         code = code[:start] + new[name] + code[start + len(name):]
     try:
-        return code if ast.dump(ast.parse(code)) == ast.dump(tree) else None
+        return code if ast.dump(parse_python(code)) == ast.dump(tree) else None
     except (SyntaxError, ValueError):
         return None
 
@@ -1885,9 +1891,7 @@ def typed_tokens(source: str, always: bool = False) -> tuple[list[str], list[str
     annotation the name of the function. Comments and layout are left out; of a file without annotations everything,
     unless `always`. Raises SyntaxError where it does not parse.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        tree = ast.parse(source)
+    tree = parse_python(source)
     typed = [node for node in ast.walk(tree) if getattr(node, "annotation", None) or getattr(node, "returns", None)]
     if not typed and not always:
         return [], [], []
@@ -1924,10 +1928,12 @@ def typed_tokens(source: str, always: bool = False) -> tuple[list[str], list[str
         else:
             take(node.returns, "->", at(node.lineno, node.col_offset) + 1 + isinstance(node, ast.AsyncFunctionDef))
     kept = np.flatnonzero(~gone)
-    functions = [(at(node.lineno, node.col_offset), at(node.end_lineno, node.end_col_offset))
-                 for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
-    functions = [tuple(np.searchsorted(kept, span).tolist()) for span in sorted(functions)
-                 if not any(a < span[0] and span[1] <= b for a, b in functions)]
+    outermost: list[tuple[int, int]] = []
+    for begin, end in sorted((at(node.lineno, node.col_offset), at(node.end_lineno, node.end_col_offset))
+                             for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))):
+        if not outermost or begin >= outermost[-1][1]:
+            outermost.append((begin, end))
+    functions = [tuple(np.searchsorted(kept, span).tolist()) for span in outermost]
     return ([well_formed(tokens[i].string) for i in kept], [labels[i] and well_formed(labels[i]) for i in kept],
             functions)
 
@@ -2021,16 +2027,13 @@ def benchmark_records(task: str, source: str, path: str) -> Iterator[dict]:
             if any(labels):
                 yield {"tokens": tokens, "labels": labels, "path": path, "functions": functions}
             return
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            functions = list(python_functions(source, ast.parse(source)))
-        for function in functions:
+        for function in list(python_functions(source, parse_python(source))):
             name, code = function["name"], function["code"]
             text = " ".join(re.split(r"\n\s*\n", function.get("docstring", ""))[0].split())
             special = name.startswith("__") and name.endswith("__")
             if len(text.split()) < 3 or len(code.strip().splitlines()) < 3 or special or "test" in name.lower():
                 continue
-            ast.parse(code)  # a string over several lines may have lost its indent, and more
+            parse_python(code)  # a string over several lines may have lost its indent, and more
             yield {"docstring": well_formed(text), "code": well_formed(code), "url": f"{path}#L{function['line']}",
                    "hidden": obfuscate(well_formed(code), function.get("method", False))}
     except UNPARSABLE:
