@@ -9,11 +9,13 @@ arXiv 2206.11893), as in CodeSSM (Verma et al. 2025, arXiv 2505.01475). Shapes a
     B  batch      L  length in tokens      d  model width
     c  length of a chunk                   n  chunks a sequence, n c >= L
     N  complex modes of an S4D kernel: A, C, and A-bar, C-bar after discretisation with step Delta
-    T, E, O  the convolution as matrix products: within a chunk, into the state, out of it
+    T, E, O, W  the convolution as matrix products: within a chunk, into the state, out of it, across chunks
 
 Complex numbers are kept as pairs of reals throughout.
 """
+import ctypes
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -25,7 +27,7 @@ import zlib
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Iterable, NamedTuple
 
 # flat modules can be shadowed by files of the same name in the user's folder
 for name in ("data", "tasks"):
@@ -41,7 +43,7 @@ import click
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.functional import gelu, pad
+from torch.nn.functional import pad
 
 import data
 import tasks
@@ -55,15 +57,11 @@ HELD_OUT = 1024  # records that an evaluation during pretraining reads at most
 
 
 class S4D(nn.Module):
-    """A diagonal state-space kernel, one for all channels (Gu et al. 2022, section 3, zero-order hold).
+    """The parameters of a diagonal state-space kernel, one for all channels (Gu et al. 2022, section 3).
 
         A-bar = exp(Delta A)     C-bar = C (A-bar - 1) / A     K[l] = Re sum_n C-bar_n A-bar_n^l
         y = K * u + D u
-
-    `forward` computes the convolution over chunks of c tokens by matrix products, so its cost is
-    linear in L; between chunks it carries the N complex states in float32.
     """
-    chunk = 256  # the longest c
 
     def __init__(self, N: int = 64):
         super().__init__()
@@ -73,76 +71,173 @@ class S4D(nn.Module):
         self.D = nn.Parameter(torch.randn(1))
         self.log_step = nn.Parameter(torch.empty(1).uniform_(math.log(0.01), math.log(1.0)))
 
-    def discretise(self, c: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """C-bar (N, 2) and the powers A-bar^l for l = 0 ... c, (N, c + 1, 2); in the parameters' dtype.
 
-        With x + iy = Delta A, l x and l y are formed in float64 and the phase l y is reduced mod 2 pi there:
-        at l = 2,048 a float32 phase is wrong in its second digit.
-        """
-        device, dtype = self.C.device, self.C.dtype
-        wide = dict(dtype=torch.float64, device="cpu" if device.type == "mps" else device)  # MPS has no float64
-        Delta, A_re, A_im = self.log_step.to(**wide).exp(), self.A_re.to(**wide).clamp(max=-1e-4), self.A_im.to(**wide)
-        C_re, C_im = self.C.to(**wide).unbind(-1)
-        x, y = Delta * A_re, Delta * A_im
-        # A-bar - 1, without cancellation where Delta A is small
-        minus_re = torch.expm1(x) * torch.cos(y) - 2 * torch.sin(y / 2) ** 2
-        minus_im = torch.exp(x) * torch.sin(y)
-        # B-bar = (A-bar - 1) / A, B being 1
-        norm = A_re ** 2 + A_im ** 2
-        B_re, B_im = (minus_re * A_re + minus_im * A_im) / norm, (minus_im * A_re - minus_re * A_im) / norm
-        C_bar = torch.stack([C_re * B_re - C_im * B_im, C_re * B_im + C_im * B_re], -1)
-        # A-bar^l = exp(l x) (cos l y + i sin l y)
-        l = torch.arange(c + 1, device=x.device)
-        modulus = torch.exp((x[:, None] * l).to(dtype))
-        phase = torch.remainder(y[:, None] * l, 2 * math.pi).to(dtype)
-        powers = torch.stack([modulus * torch.cos(phase), modulus * torch.sin(phase)], -1)
-        return C_bar.to(device, dtype), powers.to(device)
+class Kernels(NamedTuple):
+    """A layer's convolutions as matrices, in pairs: the forward one, which is causal, and the backward one.
 
-    def forward(self, u: torch.Tensor, reverse: bool = False) -> torch.Tensor:
-        """y (B, L, d) of u (B, L, d), L >= 1, in u's dtype; with `reverse` the SSM is anti-causal.
+    Where a sequence is a single chunk there is only T, without O; where it is convolved by FFT there is only K.
+    """
+    TO: torch.Tensor | None = None  # (2, c, c + 2N): T within a chunk, O out of the state, modes as Re, Im, Re, Im ...
+    E: torch.Tensor | None = None  # (2, 2N, c): into the state
+    W: torch.Tensor | None = None  # (2N, 2, m + 1, 2, m + 1), float32: across m chunks, of each direction and mode
+    K: torch.Tensor | None = None  # (2, L): the kernels, D included
 
-        The matrices and the carried states are made in the parameters' dtype, float32, whatever u's is.
-        """
-        B, L, d = u.shape
-        n = -(-L // self.chunk)
-        c = -(-L // n)
-        C_bar, powers = self.discretise(c)
-        C_re, C_im = C_bar[:, None].unbind(-1)
-        P_re, P_im = powers.unbind(-1)
-        W_re, W_im = C_re * P_re - C_im * P_im, C_re * P_im + C_im * P_re  # C-bar A-bar^l, (N, c + 1)
-        # T[i, j] = K[i - j] for i >= j, and D on the diagonal; K[l] = Re sum_n C-bar_n A-bar_n^l
-        K = W_re[:, :c].sum(0)
-        K = torch.cat([K.new_zeros(c - 1), K[:1] + self.D, K[1:]])
-        T = K.unfold(0, c, 1).flip(1)
-        T = T.mT if reverse else T
-        if n * c > L:
-            u = pad(u, (0, 0, 0, n * c - L))
-        u = u.reshape(B * n, c, d)
-        y = T.to(u.dtype).expand(B * n, c, c) @ u
-        if n > 1:
-            E = torch.cat([P_re, P_im])[:, :c]  # (2N, c): A-bar^j, as the anti-causal SSM has it
-            O = torch.cat([W_re, -W_im])[:, 1:].mT  # (c, 2N): Re(C-bar A-bar^(i + 1) H) = O [Re H, Im H]
-            E, O = (E, O.flip(0)) if reverse else (E.flip(1), O)
-            S = (E.to(u.dtype).expand(B * n, -1, c) @ u).view(B, n, -1, d)
-            H = self.carry(S, powers[:, c], reverse).view(B * n, -1, d)
-            y = torch.baddbmm(y, O.to(u.dtype).expand(B * n, c, -1), H.to(u.dtype))
-        return y.reshape(B, n * c, d)[:, :L]
+
+def kernels(A_re: torch.Tensor, A_im: torch.Tensor, C: torch.Tensor, D: torch.Tensor, log_step: torch.Tensor,
+            c: int, n: int, dtype: torch.dtype, fft: bool = False) -> Kernels:
+    """The `Kernels` of all layers for n chunks of c tokens, with a dimension of layers in front; TO and E in `dtype`.
+
+    The parameters are those of `S4D`, stacked to (layers, 2, ...). With x + iy = Delta A, l x and l y are formed in
+    float64 and the phase l y is reduced mod 2 pi there: at l = 2,048 a float32 phase is wrong in its second digit.
+    """
+    device, narrow = C.device, C.dtype
+    wide = dict(dtype=torch.float64, device="cpu" if device.type == "mps" else device)  # MPS has no float64
+    Delta, A_re, A_im = log_step.to(**wide).exp(), A_re.to(**wide).clamp(max=-1e-4), A_im.to(**wide)
+    C_re, C_im = C.to(**wide).unbind(-1)
+    x, y = Delta * A_re, Delta * A_im
+    # A-bar - 1, without cancellation where Delta A is small
+    minus_re = torch.expm1(x) * torch.cos(y) - 2 * torch.sin(y / 2) ** 2
+    minus_im = torch.exp(x) * torch.sin(y)
+    # B-bar = (A-bar - 1) / A, B being 1
+    norm = A_re ** 2 + A_im ** 2
+    B_re, B_im = (minus_re * A_re + minus_im * A_im) / norm, (minus_im * A_re - minus_re * A_im) / norm
+    C_re, C_im = ((C_re * B_re - C_im * B_im).to(device, narrow)[..., None],
+                  (C_re * B_im + C_im * B_re).to(device, narrow)[..., None])
+
+    def powers(l: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A-bar^l = exp(l x) (cos l y + i sin l y), (layers, 2, N, len(l))."""
+        modulus = torch.exp((x[..., None] * l).to(narrow))
+        phase = torch.remainder(y[..., None] * l, 2 * math.pi).to(narrow)
+        return (modulus * torch.cos(phase)).to(device), (modulus * torch.sin(phase)).to(device)
+
+    def both(forward: torch.Tensor, mirrored: Callable) -> torch.Tensor:
+        """The same for the backward direction, mirrored in time."""
+        return torch.stack([forward[:, 0], mirrored(forward[:, 1])], 1)
+
+    P_re, P_im = powers(torch.arange(c + 1, device=x.device))
+    W_re, W_im = C_re * P_re - C_im * P_im, C_re * P_im + C_im * P_re  # C-bar A-bar^l
+    K = W_re[..., :c].sum(-2)
+    K = torch.cat([K[..., :1] + D, K[..., 1:]], -1)
+    if fft:
+        return Kernels(K=K)
+    T = both(toeplitz(K), lambda T: T.mT)
+    if n == 1:
+        return Kernels(T.to(dtype))
+    # (2N, c): A-bar^(c - 1 - j)
+    E = both(torch.stack([P_re, P_im], -2)[..., :c].flatten(-3, -2).flip(-1), lambda E: E.flip(-1)).to(dtype)
+    # (c, 2N): Re(C-bar A-bar^(i + 1) H) = O [Re H, Im H]
+    O = both(torch.stack([W_re, -W_im], -2)[..., 1:].flatten(-3, -2).mT, lambda O: O.flip(-2))
+    w_re, w_im = (toeplitz(a) for a in powers(c * torch.arange(min(n, GROUP) + 1, device=x.device)))
+    # complex numbers as real blocks: [[Re, -Im], [Im, Re]]
+    W = torch.stack([torch.stack([w_re, -w_im], -2), torch.stack([w_im, w_re], -2)], -4)
+    return Kernels(torch.cat([T, O], -1).to(dtype), E, W.flatten(1, 2))
+
+
+def toeplitz(k: torch.Tensor) -> torch.Tensor:
+    """The lower-triangular (..., c, c) of k (..., c) with k[i - j] at row i and column j."""
+    c = k.shape[-1]
+    # row i of a (c, 2c - 1) view of a repeated period of 2c begins i places earlier in the period
+    period = torch.cat([k[..., :1], torch.zeros_like(k), k[..., 1:].flip(-1)], -1)
+    rows = period[..., None, :].expand(*k.shape, 2 * c).flatten(-2)[..., :c * (2 * c - 1)]
+    return rows.unflatten(-1, (c, 2 * c - 1))[..., :c]
+
+
+def convolve(u: torch.Tensor, kernels: Kernels) -> torch.Tensor:
+    """y = K * u + D u, forwards for u[0] and backwards for u[1]; both (2, c, n, B, d), chunks in order.
+
+    Into the state S = E u, across chunks H' = A-bar^c H + S, out of it and within a chunk y = T u + O H.
+    By FFT, which takes the sequence as one chunk, the product with the spectrum of K.
+    """
+    _, c, n, B, d = u.shape
+    if kernels.K is not None:
+        spectrum = torch.fft.rfft(kernels.K, n=2 * c)
+        spectrum = torch.stack([spectrum[0], spectrum[1].conj()])[:, None, None, None]
+        y = torch.fft.rfft(u.to(kernels.K.dtype).movedim(1, -1), n=2 * c) * spectrum
+        return torch.fft.irfft(y, n=2 * c)[..., :c].movedim(-1, 1).to(u.dtype)
+    TO, E, W, _ = kernels
+    u = u.reshape(2, c, n * B * d)
+    if W is not None:
+        S = torch.bmm(E, u).view(2, -1, n, B * d)
+        H = in_time(carry(in_time(S).view(len(W), 2, n, B * d), W).view(S.shape))
+        u = torch.cat([u, H.view(2, -1, n * B * d)], 1)
+    return torch.bmm(TO, u).view(2, c, n, B, d)
+
+
+def in_time(S: torch.Tensor) -> torch.Tensor:
+    """The chunks of S (2, 2N, n, ...) in the order in which each direction meets them; its own inverse."""
+    return torch.stack([S[0], S[1].flip(1)])
+
+
+def carry(S: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
+    """The states before each chunk from each chunk's own contributions S, both (2N, 2, n, ...), in S's dtype.
+
+    H_k = sum_(j < k) A-bar^(c (k - 1 - j)) S_j, for up to m chunks one product. S of bfloat16 is multiplied by W as the
+    sum of two of bfloat16, which has 16 bits, and is summed in float32. More chunks go m at a time, in float32, with
+    the state before them: the cost is linear in n.
+    """
+    n, m, dtype, H, states = S.shape[2], W.shape[-1] - 1, S.dtype, None, []
+    with torch.autocast(S.device.type, enabled=False):
+        if n <= m and dtype != W.dtype:
+            W = W[:, :, :n, :, 1:n + 1].flatten(3).flatten(1, 2)
+            high = W.to(dtype)
+            W = torch.cat([high, (W - high).to(dtype)], -1)
+            return torch.bmm(W, torch.cat([S, S], 1).flatten(1, 2)).view(S.shape)
+        for S in S.to(W.dtype).split(m, 2):
+            k = S.shape[2] + 1
+            if H is None:
+                A = W[:, :, :k, :, 1:k]
+            else:
+                A, S = W[:, :, :k, :, :k], torch.cat([H, S], 2)
+            H = torch.bmm(A.flatten(3).flatten(1, 2), S.flatten(1, 2)).unflatten(1, (2, k))
+            states.append(H[:, :, :-1])
+            H = H[:, :, -1:]
+    return torch.cat(states, 2).to(dtype)
+
+
+def gelu(x: torch.Tensor) -> torch.Tensor:
+    """x Phi(x), the exact one; of bfloat16 compiled for a GPU by `Gelu`."""
+    fast = x.is_cuda and x.dtype == torch.bfloat16 and torch.compiler.is_compiling()
+    return Gelu.apply(x) if fast else nn.functional.gelu(x)
+
+
+class Gelu(torch.autograd.Function):
+    """x Phi(x) and its derivative by polynomials of 13 terms, where erf and exp would take longer than memory does.
+
+    Phi(x) - 1/2 and Phi(x) + x phi(x) - 1/2 are odd: x q(x^2), q interpolated at the Chebyshev points of |x| < 5;
+    beyond they stand still. The errors are below 2e-6 and 2e-5 (rounding to bfloat16 errs by 4e-3).
+    """
 
     @staticmethod
-    def carry(S: torch.Tensor, A_c: torch.Tensor, reverse: bool) -> torch.Tensor:
-        """The state H before each chunk, from each chunk's own contribution S; both (B, n, 2N, d).
+    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        wide = x.float()
+        # a copy, as dynamo of torch 2.11 gets the gradients wrong where a cast does nothing
+        return (wide * half_plus_odd(wide, PHI)).to(x.dtype, copy=True)
 
-        H_(k+1) = A-bar^c H_k + S_k in float32 or wider, A_c = A-bar^c being (N, 2).
-        """
-        B, n, N2, d = S.shape
-        S = S.to(A_c.dtype).view(B, n, 2, N2 // 2, d).unbind(1)
-        a_re, a_im = A_c[..., None].unbind(1)  # (N, 1)
-        a_re, a_im = torch.stack([a_re, a_re]), torch.stack([-a_im, a_im])
-        H, states = torch.zeros_like(S[0]), []
-        for S_k in reversed(S) if reverse else S:
-            states.append(H)
-            H = a_re * H + a_im * H.flip(1) + S_k
-        return torch.stack(states[::-1] if reverse else states, 1).view(B, n, N2, d)
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
+        return (grad.float() * half_plus_odd(ctx.saved_tensors[0].float(), DERIVATIVE)).to(grad.dtype)
+
+
+def interpolate(f: Callable[[float], float]) -> tuple[float, ...]:
+    """The coefficients of f(x) / x, f odd, in powers of t = 2 (x / 5)^2 - 1."""
+    chebyshev = np.polynomial.chebyshev
+    q = np.vectorize(lambda t: f(5 * math.sqrt((t + 1) / 2)) / (5 * math.sqrt((t + 1) / 2)))
+    return tuple(chebyshev.cheb2poly(chebyshev.chebinterpolate(q, 12)).tolist())
+
+
+def half_plus_odd(x: torch.Tensor, coefficients: tuple[float, ...]) -> torch.Tensor:
+    """1/2 + x q(x^2) by Horner's rule."""
+    x = x.clamp(-5, 5)
+    t = x * x * (2 / 25) - 1
+    q = coefficients[-1]
+    for coefficient in coefficients[-2::-1]:
+        q = q * t + coefficient
+    return 0.5 + x * q
+
+
+PHI = interpolate(lambda x: math.erf(x / math.sqrt(2)) / 2)
+DERIVATIVE = interpolate(lambda x: math.erf(x / math.sqrt(2)) / 2 + x * math.exp(-x * x / 2) / math.sqrt(2 * math.pi))
 
 
 class Layer(nn.Module):
@@ -161,24 +256,72 @@ class Layer(nn.Module):
     def __init__(self, d: int, N: int = 64):
         super().__init__()
         self.norm = nn.LayerNorm(d, eps=1e-12)
-        self.vfb = nn.Linear(d, 5 * d)  # Wv, Wf and Wb in one product
+        self.v, self.fb = nn.Linear(d, 3 * d), nn.Linear(d, 2 * d)  # Wf and Wb in one product
         self.forward_ssm, self.backward_ssm = S4D(N), S4D(N)
         self.u1, self.u2 = nn.Linear(d, d), nn.Linear(d, d)
         self.u = nn.Linear(d, 3 * d)
         self.o = nn.Linear(3 * d, d)
 
-    def forward(self, X: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, X: torch.Tensor, kernels: Kernels, mask: torch.Tensor | None = None) -> torch.Tensor:
         """Xo (B, L, d) of Xi (B, L, d), floating; `mask` (B, L, 1), bool, is False at padding.
 
-        The mask keeps padding out of the SSMs, the one place where positions meet.
+        The mask keeps padding out of the SSMs, the one place where positions meet. From there to U tokens stand as
+        (c, n, B), the order in which one matrix product convolves all chunks. V comes last: it need not wait in memory.
         """
-        d = X.shape[-1]
-        V, F, B = gelu(self.vfb(self.norm(X))).split([3 * d, d, d], -1)
+        B, L, d = X.shape
+        c = L if kernels.TO is None else kernels.TO.shape[-2]
+        n = -(-L // c)
+        x = self.norm(X)
+        FB = gelu(self.fb(x))
         if mask is not None:
-            F, B = F * mask, B * mask
-        U1, U2 = self.u1(self.forward_ssm(F)), self.u2(self.backward_ssm(B, reverse=True))
-        U = gelu(self.u(U1 * U2))
-        return X + self.o(U * V)
+            FB = FB * mask
+        if n * c > L:
+            FB = pad(FB, (0, 0, 0, n * c - L))
+        y = convolve(FB.view(B, n, c, 2, d).permute(3, 2, 1, 0, 4), kernels)
+        U = self.u(self.u1(y[0]) * self.u2(y[1]))
+        U = U.permute(2, 1, 0, 3).reshape(B, n * c, 3 * d)[:, :L]
+        return X + self.o(gelu(U) * gelu(self.v(x)))
+
+
+class RoFormerLayer(nn.Module):
+    """A layer of RoFormer (Su et al. 2021, arXiv 2104.09864), post-norm as in BERT, with heads of 64.
+
+        q_i . k_j after rotation of the pairs (x_e, x_(e + 32)) by the angle i 10000^(-e / 32)    (equation 34)
+        X' = LayerNorm(Xi + Wo softmax(q k^T / 8) v)     Xo = LayerNorm(X' + W2 gelu(W1 X'))
+    """
+    plain = False  # attention with the (L, L) matrices in memory, as the papers' transformers have it
+
+    def __init__(self, d: int, _N: int):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(d, 3 * d), nn.Linear(d, d)
+        self.up, self.down = nn.Linear(d, 4 * d), nn.Linear(4 * d, d)
+        self.norm1, self.norm2 = nn.LayerNorm(d, eps=1e-12), nn.LayerNorm(d, eps=1e-12)
+
+    def forward(self, X: torch.Tensor, rotation: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Xo (B, L, d) of Xi (B, L, d), floating; rotation (2, L, 32) cosines and sines; mask (B, L, 1), bool."""
+        B, L, d = X.shape
+        q, k, v = self.qkv(X).view(B, L, 3, d // 64, 64).permute(2, 0, 3, 1, 4)  # (B, heads, L, 64)
+        q, k = rotate(q, rotation), rotate(k, rotation)
+        mask = None if mask is None else mask.mT[:, None]
+        if self.plain:
+            scores = q @ k.mT / 8
+            scores = scores if mask is None else scores.masked_fill(~mask, -math.inf)
+            Y = scores.softmax(-1).to(v.dtype) @ v
+        else:
+            Y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        X = self.norm1(X + self.out(Y.transpose(1, 2).reshape(B, L, d)))
+        return self.norm2(X + self.down(gelu(self.up(X))))
+
+
+def rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+    cos, sin = rotation
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)
+
+
+MODELS = {"codessm": Layer, "rocoder": RoFormerLayer}
+CHUNK = {"cuda": 512}  # the longest c there; elsewhere 256
+GROUP = 64  # m, chunks
 
 
 class Encoder(nn.Module):
@@ -187,16 +330,19 @@ class Encoder(nn.Module):
     Args:
         vocab: number of token ids.
         d, layers, N: width, number of layers, complex modes of a kernel.
+        model: whose layers, one of `MODELS`.
     Linear maps start at N(0, 0.64 / sqrt(d)) (BiGS's 0.02 at d = 1,024), embeddings at N(0, 0.02).
     `config` holds the arguments; `Encoder(**config)` is the same shape again.
     """
+    chunk: int | None = None  # the longest c, if not the device's
+    fft = False  # convolve by FFT, for comparison
 
-    def __init__(self, vocab: int, d: int, layers: int, N: int = 64):
+    def __init__(self, vocab: int, d: int, layers: int, N: int = 64, model: str = "codessm"):
         super().__init__()
-        self.config = dict(vocab=vocab, d=d, layers=layers, N=N)
+        self.config = dict(vocab=vocab, d=d, layers=layers, N=N, model=model)
         self.embedding = nn.Embedding(vocab, d)
         self.norm = nn.LayerNorm(d, eps=1e-12)
-        self.layers = nn.ModuleList(Layer(d, N) for _ in range(layers))
+        self.layers = nn.ModuleList(MODELS[model](d, N) for _ in range(layers))
         nn.init.normal_(self.embedding.weight, std=0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -208,12 +354,41 @@ class Encoder(nn.Module):
         `lengths` (B,) counts the real tokens of each row; without it every token is real. What stands
         at padding is unspecified, and no real position depends on it.
         """
-        X, mask = self.norm(self.embedding(ids)), None
-        if lengths is not None:
-            mask = (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None])[..., None]
-        for layer in self.layers:
-            X = layer(X, mask)
+        mask, L = None, ids.shape[1]
+        if lengths is not None:  # a row without any would leave attention nothing to attend to
+            mask = (torch.arange(L, device=ids.device) < lengths[:, None].clamp(min=1))[..., None]
+        X = self.embed(ids)
+        for layer, given in zip(self.layers, self.given(X)):
+            X = layer(X, given, mask)
         return X
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.embedding(ids))
+
+    def given(self, X: torch.Tensor) -> Iterable[Kernels | torch.Tensor]:
+        """What each layer needs beside X (B, L, d): made for all layers at once."""
+        device, L = X.device, X.shape[1]
+        if self.config["model"] == "rocoder":
+            angle = torch.arange(L, device=device)[:, None] * 10_000 ** (-torch.arange(32, device=device) / 32)
+            return [torch.stack([angle.cos(), angle.sin()])] * len(self.layers)
+        n = 1 if self.fft else -(-L // (self.chunk or CHUNK.get(device.type, 256)))
+        c = L if self.fft else -(-L // (8 * n)) * 8  # the matrix units want multiples of 8
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else X.dtype
+        ssms = [ssm for layer in self.layers for ssm in (layer.forward_ssm, layer.backward_ssm)]
+        stacked = (torch.stack([getattr(ssm, name) for ssm in ssms]).unflatten(0, (-1, 2))
+                   for name in ("A_re", "A_im", "C", "D", "log_step"))
+        matrices = kernels(*stacked, c, n, dtype, self.fft)
+        return [Kernels(*given) for given in
+                zip(*(itertools.repeat(None) if M is None else M.unbind() for M in matrices))]
+
+    def compile_parts(self) -> None:
+        """Compile the layers, which share their code and so one compilation a shape, and the embedding.
+
+        Not `kernels`: its gradient takes longer to compile than all the rest, and little time to run as it is.
+        """
+        for layer in self.layers:
+            layer.compile(dynamic=False, fullgraph=True)
+        self.embed = torch.compile(self.embed, dynamic=False, fullgraph=True)
 
 
 def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> nn.Module:
@@ -269,6 +444,9 @@ class Commands(click.Group):
             where = f"{error.filename}: " if error.filename else ""
             raise Problem(f"{where}{error.strerror or error}", 1) from None
         except RuntimeError as error:
+            if type(error).__module__.startswith("torch._dynamo"):
+                raise Problem(f"the compiler failed ({str(error).strip().splitlines()[0][:200]}): --no-compile goes on "
+                              "without it", 1) from None
             if "DataLoader worker" in str(error):
                 raise Problem("a process that tokenises died, perhaps for want of memory: use fewer --workers",
                               1) from None
@@ -305,6 +483,8 @@ OPTIONS = {
     "--ctx": dict(type=click.IntRange(8, 2**24)),
     "--size": dict(type=click.Choice(list(SIZES)),
                    help="12 layers of width 1024, 6 of 512, 4 of 128.  [default: base]"),
+    "--model": dict(type=click.Choice(list(MODELS)), default="codessm", show_default=True,
+                    help="codessm, or the transformer that it is compared with."),
     "--tokenizer": dict(metavar="FILE", help="A Hugging Face tokenizer.json.  [default: train one on the data]"),
     "--vocab": dict(type=click.IntRange(1, 10_000_000),
                     help="Entries of a trained tokenizer.  [default: 32100; tiny: 4096]"),
@@ -324,18 +504,21 @@ OPTIONS = {
     "-o": dict(metavar="FILE"),
     "--restart": dict(is_flag=True, help="Begin anew, whatever an earlier run left at -o."),
     "--device": dict(default="auto", show_default=True, help="cpu, cuda, cuda:1, mps; auto is cuda, else cpu."),
+    "--compile/--no-compile": dict(default=None, help="Compile the layers, each length when it first comes.  "
+                                                      "[default: on a GPU]"),
     "--workers": dict(type=click.IntRange(0),
                       help="Processes that tokenise ahead.  [default: half the cores, at most 4]"),
     "--json": dict(is_flag=True, help="Print the result as JSON."),
 }
-PARAMETERS = {"--data": "data_path", "--tokenizer": "tokenizer_path", "-o": "output_path", "--json": "as_json"}
+PARAMETERS = {"--compile/--no-compile": "compiled", "--data": "data_path", "--tokenizer": "tokenizer_path",
+              "-o": "output_path", "--json": "as_json"}
 
 
 def options(names: str, **changes: dict | str) -> Callable:
     """The named options, which mean the same in every command; `changes` are their attributes (or help) in this one."""
     def decorate(command: Callable) -> Callable:
         for name in reversed(names.split()):
-            change = changes.get(name.strip("-").replace("-", "_"), {})
+            change = changes.get(name.split("/")[0].strip("-").replace("-", "_"), {})
             change = {"help": change} if isinstance(change, str) else change
             command = click.option(name, *filter(None, [PARAMETERS.get(name)]), **OPTIONS[name] | change)(command)
         return command
@@ -359,6 +542,11 @@ def default_learning_rate(d: int, pretrained: bool = False) -> float:
     return 2e-3 if d <= SIZES["tiny"]["d"] else 5e-5 if pretrained else 3e-4
 
 
+def compile_or_not(compiled: bool | None, batches: int, lengths: list[int]) -> bool | None:
+    """The same as `compiled`, but not where so few batches come that compiling would take longer than it saves."""
+    return False if compiled is None and batches < tasks.PAYS * len(lengths) else compiled
+
+
 def default_workers(workers: int | None) -> int:
     return min(4, max(1, (os.cpu_count() or 1) // 2)) if workers is None else workers
 
@@ -369,12 +557,13 @@ def describe(**facts: str) -> None:
         say(f"{name:10} {value}")
 
 
-def describe_training(task: nn.Module, size: str, device: torch.device, output_path: str, steps: int, epochs: float,
-                      decay: str, *, batch: int, lr: float, seed: int, accumulate: int, eval_every: int) -> None:
+def describe_training(task: nn.Module, size: str, device: torch.device, compiled: bool, output_path: str, steps: int,
+                      epochs: float, decay: str, *, batch: int, lr: float, seed: int, accumulate: int,
+                      eval_every: int) -> None:
     """The settings that all training has."""
     parameters = sum(p.numel() for p in task.parameters())
-    describe(model=f"codessm {size}, {parameters:,} parameters, on {device} in "
-                   f"{'bfloat16' if tasks.bf16(device) else 'float32'}",
+    describe(model=f"{task.encoder.config['model']} {size}, {parameters:,} parameters, on {device} in "
+                   f"{'bfloat16' if tasks.bf16(device) else 'float32'}{', compiled' * compiled}",
              training=f"{steps:,} steps of {batch} samples ({epochs:.1f} epochs), peak learning rate {lr:g} after "
                       f"{tasks.warmup(steps):,} steps, {decay}, weight decay {tasks.WEIGHT_DECAY:g}, seed {seed}, "
                       f"accumulate {accumulate}, an evaluation every {eval_every:,} steps",
@@ -396,15 +585,15 @@ def shown(metrics: dict[str, float], first: str | None = None) -> str:
 
 @cli.command(epilog="Example: codessm pretrain corpus.jsonl --ctx 256 --steps 10000 -o model.pt")
 @click.argument("corpus", nargs=-1)
-@options("--ctx --size --tokenizer --vocab --steps --epochs --batch --accumulate --lr --eval-every --limit "
-         "--code-field --text-field --skip-bad --seed -o --restart --device --workers --json",
+@options("--ctx --model --size --tokenizer --vocab --steps --epochs --batch --accumulate --lr --eval-every --limit "
+         "--code-field --text-field --skip-bad --seed -o --restart --device --compile/--no-compile --workers --json",
          ctx=dict(default=256, show_default=True, help="Tokens a sample, special ones included."),
          size=dict(default="base"), epochs="Passes over the corpus.  [default: 1]",
          lr="Peak learning rate.  [default: 3e-4; tiny: 2e-3]",
          eval_every="Steps between evaluations.  [default: a tenth of all]",
          o=dict(default="model.pt", show_default=True, help="The checkpoint to write."))
-def pretrain(corpus, ctx, size, tokenizer_path, vocab, steps, epochs, batch, accumulate, lr, eval_every, limit,
-             code_field, text_field, skip_bad, seed, output_path, restart, device, workers, as_json):
+def pretrain(corpus, ctx, model, size, tokenizer_path, vocab, steps, epochs, batch, accumulate, lr, eval_every, limit,
+             code_field, text_field, skip_bad, seed, output_path, restart, device, compiled, workers, as_json):
     """Pretrain an encoder by masked language modelling on CORPUS.
 
     CORPUS: JSONL files, plain or .gz, folders, globs, or - for standard input; without any, the Python
@@ -420,7 +609,7 @@ def pretrain(corpus, ctx, size, tokenizer_path, vocab, steps, epochs, batch, acc
         sources = data.find_sources(corpus) if corpus else [data.standard_library()]
         settings = dict(
             corpus={source.name: source.mark for source in sources}, limit=limit, code_field=code_field,
-            text_field=text_field, skip_bad=skip_bad, ctx=ctx, size=size,
+            text_field=text_field, skip_bad=skip_bad, ctx=ctx, model=model, size=size,
             tokenizer=zlib.crc32(given.text.encode()) if given else None,
             vocab=given.vocab if given else vocab or (4096 if size == "tiny" else 32100),
             steps=steps, epochs=epochs, batch=batch, accumulate=accumulate, lr=lr, eval_every=eval_every, seed=seed)
@@ -445,7 +634,8 @@ def pretrain(corpus, ctx, size, tokenizer_path, vocab, steps, epochs, batch, acc
         eval_every = eval_every or -(-steps // 10)
 
         torch.manual_seed(seed)
-        task = MLM(Encoder(tokenizer.vocab, **SIZES[size]), tokenizer, seed).to(device)
+        task = MLM(Encoder(tokenizer.vocab, **SIZES[size], model=model), tokenizer, seed).to(device)
+        compiled = tasks.compile_parts(task, compiled)
         if not any(task.prepare(batch)[1] for batch in held_out.stream(stop=len(held_out))):
             raise Problem(f"nothing to predict in the {len(held_out.records)} records held out: give a larger corpus")
         describe(
@@ -454,11 +644,11 @@ def pretrain(corpus, ctx, size, tokenizer_path, vocab, steps, epochs, batch, acc
                    + (f"; {records.bad:,} bad lines passed over" if records.bad else ""),
             tokenizer=f"{tokenizer.vocab:,} entries, {'given' if given else 'trained on the corpus'}",
             samples=f"ctx {ctx}, padded to {', '.join(map(str, lengths))}; {workers} processes tokenise ahead")
-        describe_training(task, size, device, output_path, steps, steps / len(batches), "cosine", batch=batch, lr=lr,
-                          seed=seed, accumulate=accumulate, eval_every=eval_every)
+        describe_training(task, size, device, compiled, output_path, steps, steps / len(batches), "cosine",
+                          batch=batch, lr=lr, seed=seed, accumulate=accumulate, eval_every=eval_every)
         metrics = tasks.train(task, batches, held_out, output, state,
                               settings=settings, steps=steps, lr=lr, accumulate=accumulate, eval_every=eval_every,
-                              workers=workers)
+                              workers=workers, graphs=compiled and device.type == "cuda")
     result = dict(output=output_path, steps=steps, parameters=sum(p.numel() for p in task.parameters()),
                   held_out=len(held_out.records), seconds=round(time.monotonic() - started, 1),
                   peak_memory=peak_memory(device), **metrics)
@@ -498,17 +688,18 @@ def describe_encoding(split: data.Split) -> str:
 
 @cli.command(epilog="Example: codessm finetune devign --ckpt model.pt --data devign/ -o devign.pt")
 @task_argument()
-@options("--ckpt --data --ctx --size --tokenizer --vocab --steps --epochs --batch --accumulate --lr --eval-every "
-         "--limit --skip-bad --seed -o --restart --device --workers --json",
+@options("--ckpt --data --ctx --model --size --tokenizer --vocab --steps --epochs --batch --accumulate --lr "
+         "--eval-every --limit --skip-bad --seed -o --restart --device --compile/--no-compile --workers --json",
          ckpt=dict(required=False, help="The pretrained checkpoint to start from; without one, from scratch."),
          data="The folder (or file) of the benchmark as published.  [default: ./TASK]",
          ctx="Tokens a function, special ones included.  [default: the task's]",
+         model=dict(default=None, show_default=False, help="codessm or rocoder.  [default: codessm]"),
          epochs="Passes over the training split.  [default: the task's]",
          lr="Peak learning rate.  [default: 5e-5 from a checkpoint, 3e-4 from scratch; tiny: 2e-3]",
          eval_every="Steps between evaluations.  [default: an epoch]",
          o="The checkpoint to write.  [default: TASK.pt]")
-def finetune(name, ckpt, data_path, ctx, size, tokenizer_path, vocab, steps, epochs, batch, accumulate, lr, eval_every,
-             limit, skip_bad, seed, output_path, restart, device, workers, as_json):
+def finetune(name, ckpt, data_path, ctx, model, size, tokenizer_path, vocab, steps, epochs, batch, accumulate, lr,
+             eval_every, limit, skip_bad, seed, output_path, restart, device, compiled, workers, as_json):
     """Fine-tune an encoder on TASK and score it.
 
     TASK: advtest, sqa, devign, diversevul, complexity, typeinf or clone; or, for JSONL of your own, retrieval (text,
@@ -518,9 +709,9 @@ def finetune(name, ckpt, data_path, ctx, size, tokenizer_path, vocab, steps, epo
     once, at the end. The same command run again goes on where an interrupted one was.
     """
     check_training(steps, epochs, vocab, tokenizer_path, lr)
-    if ckpt is not None and (size or tokenizer_path or vocab):
-        raise click.UsageError("--ckpt brings its own --size, --tokenizer and --vocab: give it without them")
-    benchmark, size = data.TASKS[name], size or "base"
+    if ckpt is not None and (model or size or tokenizer_path or vocab):
+        raise click.UsageError("--ckpt brings its own --model, --size, --tokenizer and --vocab: give it without them")
+    benchmark, model, size = data.TASKS[name], model or "codessm", size or "base"
     ctx, output_path = ctx or benchmark.ctx, output_path or f"{name}.pt"
     if steps is None and epochs is None:
         epochs = benchmark.epochs
@@ -536,7 +727,8 @@ def finetune(name, ckpt, data_path, ctx, size, tokenizer_path, vocab, steps, epo
         settings = dict(
             corpus={source.name: source.mark for source in reader.sources.values()}, task=name, limit=limit,
             skip_bad=skip_bad, ctx=ctx, ckpt=data.open_source(ckpt).mark if pretrained else None,
-            size=None if pretrained else size, tokenizer=zlib.crc32(given.text.encode()) if given else None,
+            model=None if pretrained else model, size=None if pretrained else size,
+            tokenizer=zlib.crc32(given.text.encode()) if given else None,
             vocab=None if pretrained or given else vocab or (4096 if size == "tiny" else 32100),
             steps=steps, epochs=epochs, batch=batch, accumulate=accumulate, lr=lr, eval_every=eval_every, seed=seed)
         state = output.resume(settings)
@@ -558,19 +750,21 @@ def finetune(name, ckpt, data_path, ctx, size, tokenizer_path, vocab, steps, epo
         eval_every = eval_every or len(batches)
 
         torch.manual_seed(seed)
-        encoder = pretrained.encoder if pretrained else Encoder(tokenizer.vocab, **SIZES[size])
+        encoder = pretrained.encoder if pretrained else Encoder(tokenizer.vocab, **SIZES[size], model=model)
         task = tasks.OBJECTIVES[benchmark.kind](encoder, tokenizer, name, reader.labels, ctx).to(device)
+        compiled = tasks.compile_parts(task, compiled)
         describe(task=f"{name}, {benchmark.kind}, from {ckpt if pretrained else 'scratch'}", data=facts,
                  **({"labels": f"{len(reader.labels):,}: {data.listed(reader.labels, 8)}"} if reader.labels else {}),
                  tokenizer=f"{tokenizer.vocab:,} entries",
                  samples=f"ctx {ctx}, padded to {', '.join(map(str, lengths))}; {workers} processes tokenise ahead",
                  validation=describe_encoding(valid))
-        describe_training(task, f"{encoder.config['layers']} x {encoder.config['d']}", device, output_path, steps,
-                          steps / len(batches), "linear", batch=batch, lr=lr, seed=seed, accumulate=accumulate,
+        describe_training(task, f"{encoder.config['layers']} x {encoder.config['d']}", device, compiled, output_path,
+                          steps, steps / len(batches), "linear", batch=batch, lr=lr, seed=seed, accumulate=accumulate,
                           eval_every=eval_every)
         metrics = tasks.train(task, batches, held_out, output, state, split=valid,
                               settings=settings, steps=steps, lr=lr, decay=tasks.linearly, accumulate=accumulate,
-                              eval_every=eval_every, workers=workers)
+                              eval_every=eval_every, workers=workers,
+                              graphs=compiled and device.type == "cuda")
         result = dict(output=output_path, task=name, steps=steps, parameters=sum(p.numel() for p in task.parameters()),
                       **{f"valid_{key}": value for key, value in metrics.items()})
         if "test" in reader.splits:
@@ -613,15 +807,17 @@ def load_for(name: str, path: str, device: torch.device) -> nn.Module:
 
 @cli.command(epilog="Example: codessm evaluate devign --ckpt devign.pt --split test --predictions predictions.txt")
 @task_argument("mlm")
-@options("--ckpt --data --ctx --batch --limit --skip-bad --code-field --text-field --device --workers --json",
+@options("--ckpt --data --ctx --batch --limit --skip-bad --code-field --text-field --device --compile/--no-compile "
+         "--workers --json",
          data="The folder (or file) of the benchmark, of mlm a corpus.  [default: ./TASK; mlm: the standard library]",
          ctx="Tokens a function.  [default: as trained; mlm: 256]",
-         batch="Samples at a time; the result does not depend on it.")
+         batch="Samples at a time; the result does not depend on it.", 
+         compile=f"Compile the layers.  [default: on a GPU, from {tasks.PAYS} batches a length]")
 @click.option("--split", default="test", show_default=True, type=click.Choice(data.SPLITS),
               help="Of mlm, test is the whole corpus and valid its held-out 1 %.")
 @click.option("--predictions", metavar="FILE", help="Write the predictions, in the form CodeXGLUE's evaluators read.")
-def evaluate(name, ckpt, data_path, ctx, batch, limit, skip_bad, code_field, text_field, device, workers, as_json,
-             split, predictions):
+def evaluate(name, ckpt, data_path, ctx, batch, limit, skip_bad, code_field, text_field, device, compiled, workers,
+             as_json, split, predictions):
     """Score a checkpoint on a split of TASK, or on a corpus.
 
     TASK: one of those of finetune, or mlm, which predicts masked tokens of a corpus with a pretrained checkpoint.
@@ -659,6 +855,7 @@ def evaluate(name, ckpt, data_path, ctx, batch, limit, skip_bad, code_field, tex
         batches = part.each(batch, lengths)
         facts += f"; {describe_encoding(part)}"
     describe(data=facts, samples=f"ctx {ctx}, padded to {', '.join(map(str, lengths))}")
+    tasks.compile_parts(model, compile_or_not(compiled, len(batches), lengths))
     metrics, outputs = tasks.evaluate(model, batches, part, workers)
     if not all(map(math.isfinite, metrics.values())):
         if name == "mlm" and not outputs[-1]:
@@ -715,6 +912,166 @@ def predict(files, ckpt, ctx, batch, device):
                     except ValueError:
                         raise Problem(f"{ckpt}: {NOT_NUMBERS}", 1) from None
                     click.echo(json.dumps({k: v for k, v in kept.items() if k not in hidden} | result))
+
+
+# ---- speed and memory -------------------------------------------------------------------------------
+
+def numbers(_ctx, _parameter, value: str) -> list[int]:
+    if not all(part.strip().isdecimal() and 0 < int(part) < 2**24 for part in value.split(",")):
+        raise click.BadParameter(f"{value} is no list of lengths such as 512,1024,2048")
+    return [int(part) for part in value.split(",")]
+
+
+def models(_ctx, _parameter, value: str) -> list[str]:
+    names = [name.strip() for name in value.split(",")]
+    for name in names:
+        if name not in MODELS:
+            raise click.BadParameter(f"{name!r} is none of {', '.join(MODELS)}")
+    return list(dict.fromkeys(names))
+
+
+def median_seconds(run: Callable[[], object], device: torch.device, repeats: int, settle: float = 0.5) -> float:
+    """Of one run, after warming up for `settle` seconds and at least three runs: a GPU under load slows down."""
+    begun, runs, times = time.monotonic(), 0, []
+    while runs < 3 or time.monotonic() - begun < settle:
+        run()
+        runs += 1
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    for _ in range(repeats):
+        if device.type == "cuda":
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            run()
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end) / 1000)
+        else:
+            begun = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - begun)
+    return float(np.median(times))
+
+
+def product_rate(device: torch.device, repeats: int) -> float:
+    """FLOP/s of one large matrix product of random numbers, in the precision that the models use."""
+    size, dtype = (8192, torch.bfloat16) if tasks.bf16(device) else (2048, torch.float32)
+    a, b = torch.randn(2, size, size, device=device).to(dtype)
+    return 2 * size ** 3 / median_seconds(lambda: a @ b, device, repeats)
+
+
+def memory_in_use(device: torch.device) -> int | None:
+    """Bytes now, from which on `peak_memory` begins anew; None where the system does not tell."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # what earlier rows have freed
+        Path("/proc/self/clear_refs").write_text("5")
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    except (OSError, AttributeError):
+        return None
+
+
+def bench_one(model: str, form: str, size: str, length: int, batch: int, train: bool, device: torch.device,
+              compiled: bool | None, repeats: int) -> dict:
+    """What `bench` measures of one model at one length, on full batches of random tokens."""
+    vocab = 4096 if size == "tiny" else 32100
+    encoder = Encoder(vocab, **SIZES[size], model=model)
+    encoder.fft = form == "fft"
+    for layer in encoder.layers:
+        layer.plain = form == "plain"
+    task = MLM(encoder, None).to(device)
+    compiled = tasks.compile_parts(task, compiled)
+    before = memory_in_use(device)
+    ids = torch.randint(vocab, (batch, length), device=device)
+    if train:
+        count = max(1, round(0.15 * batch * length))
+        stepper = tasks.Stepper(task, tasks.adamw(task, 1e-5), graphs=compiled and device.type == "cuda")
+        where = torch.randperm(batch * length, device=device)[:count]
+        tensors = dict(ids=ids, targets=ids.long(), where=where)
+
+        def run():
+            return stepper.take([tensors], count)
+    else:
+        task.eval()
+
+        def run():
+            with torch.no_grad():
+                return tasks.compute(task, {"ids": ids}, encoder)
+
+    begun = time.monotonic()
+    float(run().sum())  # waits for a GPU
+    first = time.monotonic() - begun
+    seconds = median_seconds(run, device, repeats)
+    FLOP = 2 * sum(m.weight.numel() for m in encoder.layers.modules() if isinstance(m, nn.Linear)) * (3 if train else 1)
+    return dict(samples_per_second=batch / seconds, tokens_per_second=batch * length / seconds, seconds=seconds,
+                memory=None if before is None else max(0, peak_memory(device) - before),
+                projections=FLOP * batch * length / seconds, first_seconds=first, compiled=compiled)
+
+
+@cli.command(epilog="Example: codessm bench --models codessm,rocoder --lengths 512,2048,8192 --train")
+@click.option("--lengths", default="512,1024,2048", show_default=True, callback=numbers, help="Tokens a sample.")
+@click.option("--models", "names", default="codessm,rocoder", show_default=True, callback=models,
+              help=f"Any of {', '.join(MODELS)}; ratios are to the first.")
+@click.option("--train", is_flag=True, help="Measure a training step (masked language modelling, AdamW) instead.")
+@click.option("--batch-tokens", type=click.IntRange(1, 2**31), metavar="N",
+              help="Tokens a batch.  [default: 65536, in training 32768; not on a GPU 2048]")
+@click.option("--attention", default="fused", show_default=True, type=click.Choice(["fused", "plain", "both"]),
+              help="rocoder's: PyTorch's fused kernels, or with the L x L matrices in memory.")
+@click.option("--convolution", default="matrix", show_default=True, type=click.Choice(["matrix", "fft", "both"]),
+              help="codessm's: by matrix products, or by FFT.")
+@click.option("--repeats", type=click.IntRange(1), help="Medians are of so many.  [default: 10, not on a GPU 3]")
+@options("--size --device --compile/--no-compile --json", size=dict(default="base"),
+         compile="Compile the layers.  [default: on a GPU]")
+def bench(lengths, names, train, batch_tokens, attention, convolution, repeats, size, device, compiled, as_json):
+    """Measure speed and memory of the models on this machine.
+
+    A batch is full, without padding. The memory is what is allocated at most beyond the weights, the share is that of
+    the model's linear projections in the rate of one large matrix product, the first run is the one that compiles.
+    """
+    device = choose_device(device)
+    gpu = device.type == "cuda"
+    batch_tokens, repeats = batch_tokens or (65_536 >> train if gpu else 2048), repeats or (10 if gpu else 3)
+    forms = {"codessm": {"both": ["", "fft"], "fft": ["fft"]}.get(convolution, [""]),
+             "rocoder": {"both": ["", "plain"], "plain": ["plain"]}.get(attention, [""])}
+    cases = [(length, name, form) for length in lengths for name in names for form in forms.get(name, [""])]
+    hardware = torch.cuda.get_device_name(device) if gpu else f"{device}, {torch.get_num_threads()} threads"
+    rate, rows = product_rate(device, repeats), []
+    precision = "bfloat16" if tasks.bf16(device) else "float32"
+    if not as_json:
+        click.echo(f"{hardware}, torch {torch.__version__}, {size}, {'training' if train else 'inference'}, "
+                   f"{batch_tokens:,} tokens a batch, {precision}; one large matrix product: {rate / 1e12:.3g} TFLOP/s")
+        click.echo(f"{'model':14} {'length':>7} {'batch':>6} {'samples/s':>10} {'tokens/s':>10} {'memory':>8} "
+                   f"{'share':>6} {'ratio':>6} {'first run':>9}")
+    bar = data.progress(cases, desc="measuring", unit=" rows", unit_scale=False, leave=False)
+    for length, name, form in bar:
+        batch = max(1, batch_tokens // length)
+        row = dict(model=name, form=form, length=length, batch=batch)
+        try:
+            row |= bench_one(name, form, size, length, batch, train, device, compiled, repeats)
+        except (MemoryError, RuntimeError) as error:
+            if "memory" not in f"{type(error).__name__} {error}".lower():
+                raise
+            row["error"] = "out of memory"
+        if gpu:
+            torch.cuda.empty_cache()
+        first = next((other for other in rows if other["length"] == length), row)
+        if "error" not in row:
+            row["share"] = row.pop("projections") / rate
+            row["ratio"] = None if "error" in first else row["tokens_per_second"] / first["tokens_per_second"]
+        rows.append(row)
+        if not as_json:
+            memory, ratio = row.get("memory"), row.get("ratio")
+            with bar.external_write_mode():
+                click.echo(f"{f'{name} {form}':14} {length:7,} {batch:6,} " + (row["error"] if "error" in row else (
+                    f"{row['samples_per_second']:10,.1f} {row['tokens_per_second']:10,.0f} "
+                    f"{'?' if memory is None else data.size(memory):>8} {row['share']:6.2f} "
+                    f"{'' if ratio is None else format(ratio, '.2f'):>6} {row['first_seconds']:7.1f} s")))
+    if as_json:
+        click.echo(json.dumps(dict(device=hardware, torch=torch.__version__, size=size, train=train,
+                                   batch_tokens=batch_tokens, precision=precision, product_rate=rate, rows=rows)))
 
 
 @cli.command(epilog="Example: codessm corpus ~/projects -o corpus.jsonl")

@@ -604,6 +604,14 @@ class Batch(NamedTuple):
     second: tuple[np.ndarray, np.ndarray] | None = None  # ids and lengths of the second side, where there is one
     labels: np.ndarray | None = None  # (B,) int64, IGNORE in rows that only fill up
 
+    def pieces(self, count: int) -> list["Batch"]:
+        """At most `count` batches of equally many rows, the last perhaps of fewer."""
+        rows = -(-len(self.ids) // count)
+        return [Batch(self.ids[part], self.lengths[part], self.records[part], self.epoch,
+                      self.second and tuple(side[part] for side in self.second),
+                      None if self.labels is None else self.labels[part])
+                for part in (slice(start, start + rows) for start in range(0, len(self.ids), rows))]
+
 
 def sides(sample) -> tuple[list[int], ...]:
     """The one or two rows of ids of a sample."""

@@ -1,15 +1,15 @@
 """Objectives, the one loop that trains them, and the files that a run writes.
 
 An objective is a module that holds an encoder and its own head, and brings
-    prepare(batch)           the tensors of a `data.Batch`, rows first, and what it counts
+    prepare(batch)           the tensors of a `data.Batch`, and what it counts
     sums(**tensors)          (summed loss, correct, counted), the loss to be divided by the count
     outputs(batches, split)  what the model says of each example of a `data.Split`, its items coming in batches
     metrics(outputs, split)  a dict;  score(metrics)  a number that is higher when better
 and, if it is fine-tuned,
     results(batches, split)  for `predict`, a dict an example
     lines(outputs, split)    for a file of predictions
-Any encoder will do that has `config` (a dict with `d` and `vocab`), `embedding`, and maps ids (B, L)
-and lengths (B,) to hidden states (B, L, d).
+Any encoder will do that has `config` (a dict with `d` and `vocab`), `embedding`, `compile_parts()`, and maps ids
+(B, L) and lengths (B,), or None where every token is real, to hidden states (B, L, d).
 """
 import errno
 import fcntl
@@ -19,6 +19,7 @@ import math
 import os
 import signal
 import time
+import warnings
 import zipfile
 from contextlib import closing, contextmanager
 from functools import partial
@@ -37,6 +38,7 @@ FORMAT = "codessm 1"
 WEIGHT_DECAY = 0.01
 SAVE_SECONDS = 300
 LOG_STEPS = 50
+PAYS = 100  # batches a length for which it pays to compile an evaluation
 
 
 def initialise(linear: nn.Linear, d: int) -> nn.Linear:
@@ -55,7 +57,7 @@ class MLM(nn.Module):
     ordinary token, 10 % as they are. The choice is a hash of (seed, epoch, record, position).
     The head is dense, gelu, LayerNorm, then the tied embedding and a bias, at the chosen positions only.
     """
-    name, coupled = "mlm", False
+    name, coupled, compiled = "mlm", False, False
 
     def __init__(self, encoder: nn.Module, tokenizer: Tokenizer, seed: int = 0):
         super().__init__()
@@ -65,7 +67,11 @@ class MLM(nn.Module):
         self.bias = nn.Parameter(torch.zeros(encoder.config["vocab"]))
 
     def prepare(self, batch: Batch) -> tuple[dict[str, torch.Tensor], int]:
-        """Corrupted ids and targets (B, L), int32 and int64, IGNORE where nothing is predicted; their count."""
+        """Corrupted ids and targets (B, L), int32 and int64, IGNORE where nothing is predicted; their count.
+
+        `where` (M,), int64, are the flat positions of the targets. Compiled, M depends on B and L alone: as many as
+        are chosen but in one of 10^6 batches, a place without a target filling it up.
+        """
         B, L = batch.ids.shape
         position, record = np.arange(L)[None], batch.records[:, None]
         ordinary = (position < batch.lengths[:, None]) & ~np.isin(batch.ids, self.tokenizer.special)
@@ -79,17 +85,27 @@ class MLM(nn.Module):
         random = self.tokenizer.ordinary[(which * len(self.tokenizer.ordinary)).astype(int)]
         ids = batch.ids.copy()
         ids[row, column] = np.where(kind < 0.8, self.tokenizer.mask, np.where(kind < 0.9, random, read))
-        return to_tensors(ids=ids, lengths=batch.lengths, targets=targets), len(row)
+        where = row * L + column
+        if self.compiled:
+            most = 0.15 * B * L + 5 * math.sqrt(0.1275 * B * L)
+            room = -(-int(most) // 8) * 8
+            room *= max(1, -(-len(where) // room))
+            where = np.pad(where, (0, room - len(where)), constant_values=targets.argmin())
+        return to_tensors(ids=ids, lengths=batch.lengths, targets=targets, where=where), len(row)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Vocabulary logits (..., vocab) of hidden states (..., d), in their dtype."""
         hidden = self.norm(gelu(self.dense(hidden)))
         return linear(hidden, self.encoder.embedding.weight, self.bias)
 
-    def sums(self, ids: torch.Tensor, lengths: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def predict(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """`sums` of hidden states (M, d) and their targets (M,)."""
+        return classify(self.logits(hidden), targets)
+
+    def sums(self, ids: torch.Tensor, targets: torch.Tensor, where: torch.Tensor,
+             lengths: torch.Tensor | None = None) -> torch.Tensor:
         """(summed cross-entropy in nats, correct predictions, predictions), float32 (3,)."""
-        where = targets != IGNORE
-        return classify(self.logits(self.encoder(ids, lengths)[where]), targets[where])
+        return self.predict(*at(where, self.encoder(ids, lengths), targets))
 
     def outputs(self, batches: Iterable[Batch], _split: Split | None = None) -> torch.Tensor:
         """`sums` over all the batches, float64 (3,)."""
@@ -111,14 +127,25 @@ class MLM(nn.Module):
 
 
 def to_tensors(**arrays: np.ndarray | None) -> dict[str, torch.Tensor]:
+    """What there is of the arrays; the lengths only of rows with padding, as attention is faster without a mask."""
+    for side in ("", "2"):
+        if arrays.get("lengths" + side) is not None and arrays["lengths" + side].min() == arrays["ids" + side].shape[1]:
+            arrays["lengths" + side] = None
     return {name: torch.from_numpy(array) for name, array in arrays.items() if array is not None}
+
+
+def at(where: torch.Tensor, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states (M, d) and targets (M,) at the flat positions `where` of (B, L, d) and (B, L)."""
+    return hidden.flatten(0, 1).index_select(0, where), targets.flatten().index_select(0, where)
 
 
 # ---- fine-tuned tasks -------------------------------------------------------------------------------
 
-def pool(encoder: nn.Module, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+def pool(encoder: nn.Module, ids: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
     """The mean of the hidden states of each row's real tokens, (B, d) float32; 0 of a row that has none."""
     hidden = encoder(ids, lengths).float()
+    if lengths is None:
+        return hidden.mean(1)
     real = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
     return torch.where(real[..., None], hidden, 0).sum(1) / lengths.clamp(min=1)[:, None]
 
@@ -163,7 +190,7 @@ class Classification(nn.Module):
         """(B, classes) of pooled functions (B, d)."""
         return self.head(a if b is None else torch.cat([a + b, (a - b).abs(), a * b], -1))
 
-    def sums(self, ids, lengths, labels, ids2=None, lengths2=None) -> torch.Tensor:
+    def sums(self, ids, labels, ids2=None, lengths=None, lengths2=None) -> torch.Tensor:
         """(summed cross-entropy in nats, correct, examples), float32 (3,), of ids (B, L) and labels (B,)."""
         sides = [pool(self.encoder, ids, lengths)]
         if self.pairs:
@@ -236,15 +263,15 @@ class Retrieval(nn.Module):
     prepare = Classification.prepare
     score = Classification.score
 
-    def embed(self, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    def embed(self, ids: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
         """Normalised (B, d)."""
         if self.pieces == 1:
             return normalize(pool(self.encoder, ids, lengths), dim=-1)
-        pieces = zip(ids.chunk(self.pieces), lengths.chunk(self.pieces))
+        pieces = zip(*(side.chunk(self.pieces) for side in (ids, lengths) if side is not None))
         return normalize(torch.cat([checkpointed(pool, self.encoder, *piece, use_reentrant=False)
                                     for piece in pieces]), dim=-1)
 
-    def sums(self, ids, lengths, labels, ids2, lengths2) -> torch.Tensor:
+    def sums(self, ids, labels, ids2, lengths=None, lengths2=None) -> torch.Tensor:
         """(summed cross-entropy in nats, texts whose own code comes first, texts), float32 (3,)."""
         q, c = self.embed(ids, lengths), self.embed(ids2, lengths2)
         with torch.autocast(q.device.type, enabled=False):
@@ -343,15 +370,13 @@ class Tagging(nn.Module):
         """Targets (B, L) beside the ids, IGNORE where no label is asked for."""
         targets = batch.second[0].astype(np.int64)
         targets[np.arange(targets.shape[1]) >= batch.lengths[:, None]] = IGNORE
-        return to_tensors(ids=batch.ids, lengths=batch.lengths, targets=targets), int((targets != IGNORE).sum())
+        where = np.flatnonzero(targets != IGNORE)
+        return to_tensors(ids=batch.ids, lengths=batch.lengths, targets=targets, where=where), len(where)
 
-    def logits(self, ids: torch.Tensor, lengths: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """(labelled words, labels)."""
-        return self.head(self.encoder(ids, lengths)[targets != IGNORE])
-
-    def sums(self, ids, lengths, targets) -> torch.Tensor:
+    def sums(self, ids, targets, where, lengths=None) -> torch.Tensor:
         """(summed cross-entropy in nats, correct, labelled words), float32 (3,)."""
-        return classify(self.logits(ids, lengths, targets), targets[targets != IGNORE])
+        hidden, targets = at(where, self.encoder(ids, lengths), targets)
+        return classify(self.head(hidden), targets)
 
     def outputs(self, batches: Iterable[Batch], split: Split) -> list[tuple[np.ndarray, np.ndarray]]:
         """(gold, predicted) label numbers of the labelled words of each window, in the order of the files."""
@@ -366,9 +391,9 @@ class Tagging(nn.Module):
                     windows[window] = tuple(found)
         return windows
 
-    def predict(self, ids, lengths, targets) -> torch.Tensor:
+    def predict(self, ids, targets, where, lengths=None) -> torch.Tensor:
         """The numbers of the best labels, -1 of none; few logits at a time, as every word may be asked for."""
-        hidden = self.encoder(ids, lengths)[targets != IGNORE]
+        hidden, _ = at(where, self.encoder(ids, lengths), targets)
         best = torch.cat([self.head(part).argmax(-1) for part in hidden.split(1024)])
         return best.masked_fill(~hidden.isfinite().all(-1), -1)
 
@@ -478,6 +503,31 @@ def evaluate(task: nn.Module, batches: Batches, split: Split | None = None, work
 
 # ---- devices ----------------------------------------------------------------------------------------
 
+def compile_parts(task: nn.Module, wanted: bool | None) -> bool:
+    """Compile the task, unless it is not `wanted`; None is what suits its device. Whether it is compiled.
+
+    Each length and mode is compiled when it first comes. Where no compiler works, a line says so.
+    """
+    device = next(task.parameters()).device
+    if not (device.type == "cuda" if wanted is None else wanted):
+        return False
+    try:
+        torch.compile(lambda x: (x + 1).exp(), dynamic=False)(torch.zeros(8, device=device))
+    except Exception as error:  # whatever is missing: Triton, a C++ compiler, a header
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        say(f"no compiler works on {device}, so nothing is compiled ({reason[0][:100]})")
+        return False
+    # past this many compilations of the same code dynamo would go on eagerly, with only a warning
+    torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 256)
+    torch._dynamo.config.accumulated_cache_size_limit = max(torch._dynamo.config.accumulated_cache_size_limit, 4096)
+    warnings.filterwarnings("ignore", message=".*(TensorFloat32|max_autotune_gemm|Online softmax)")
+    task.encoder.compile_parts()
+    if task.name == "mlm":
+        task.compiled = True
+        task.predict = torch.compile(task.predict, dynamic=False, fullgraph=True)
+    return True
+
+
 def bf16(device: torch.device) -> bool:
     """Whether matrix products run in bfloat16 there."""
     return device.type == "cuda" and torch.cuda.is_bf16_supported()
@@ -486,9 +536,82 @@ def bf16(device: torch.device) -> bool:
 def compute(task: nn.Module, tensors: dict[str, torch.Tensor], function: Callable | None = None) -> torch.Tensor:
     """`task.sums` (or another function) on the task's device, under bf16 autocast on GPUs that have bf16."""
     device = next(task.parameters()).device
-    tensors = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
-    with torch.autocast(device.type, torch.bfloat16, enabled=bf16(device)):
+    tensors = {name: to_device(tensor, device) for name, tensor in tensors.items()}
+    # a cache of cast weights would outlive the recording of a CUDA graph
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16(device), cache_enabled=False):
         return (function or task.sums)(**tensors)
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """On the device; for a GPU by pinned memory, so that nothing waits for the copy."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+class Stepper:
+    """Optimizer steps: `Stepper(...)(batch)` takes one and returns the detached sums of its pieces, added up.
+
+    Args:
+        accumulate: cut each batch into so many pieces; the gradients are the same sums.
+        graphs: a step is recorded as a CUDA graph once its shapes have come `BEFORE` times, and replayed from then on:
+            of a small batch it takes longer to launch the kernels of a step than to run them.
+    """
+    BEFORE, MOST_TOKENS = 2, 16_384  # of a larger batch the memory of a graph would not be worth its time
+
+    def __init__(self, task: nn.Module, optimizer: torch.optim.Optimizer, accumulate: int = 1, graphs: bool = False):
+        self.task, self.optimizer, self.accumulate, self.graphs = task, optimizer, accumulate, graphs
+        self.seen: dict[tuple, int] = {}
+        self.recorded: dict[tuple, tuple[torch.cuda.CUDAGraph, dict[str, torch.Tensor], torch.Tensor]] = {}
+        if graphs:
+            for group in optimizer.param_groups:
+                group["capturable"] = True
+
+    def __call__(self, batch: Batch) -> torch.Tensor:
+        coupled = self.task.coupled
+        if coupled:
+            self.task.pieces = self.accumulate
+        pieces = [self.task.prepare(piece) for piece in ([batch] if coupled else batch.pieces(self.accumulate))]
+        return self.take([tensors for tensors, _ in pieces], sum(count for _, count in pieces))
+
+    def take(self, pieces: list[dict[str, torch.Tensor]], count: int) -> torch.Tensor:
+        """A step on what `task.prepare` made of the pieces, counting `count`."""
+        share = torch.tensor(1 / max(1, count))  # of the summed loss in the mean one
+        pieces = [tensors | {"share": share} for tensors in pieces]
+        if not self.graphs or self.accumulate > 1 or pieces[0]["ids"].numel() > self.MOST_TOKENS:
+            return self.step(pieces)
+        shapes = tuple((name, tensor.shape) for name, tensor in pieces[0].items())
+        self.seen[shapes] = self.seen.get(shapes, 0) + 1
+        if shapes not in self.recorded:
+            if self.seen[shapes] <= self.BEFORE:
+                return self.step(pieces)
+            self.record(shapes, pieces[0])
+        graph, static, total = self.recorded[shapes]
+        for name, tensor in pieces[0].items():
+            static[name].copy_(tensor if tensor.is_cuda else tensor.pin_memory(), non_blocking=True)
+        graph.replay()
+        return total.clone()
+
+    def step(self, pieces: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+        total = 0
+        for tensors in pieces:
+            sums = compute(self.task, {name: tensor for name, tensor in tensors.items() if name != "share"})
+            (sums[0] * to_device(tensors["share"], sums.device)).backward()
+            total = total + sums.detach()
+        nn.utils.clip_grad_norm_(self.task.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return total
+
+    def record(self, shapes: tuple, tensors: dict[str, torch.Tensor]) -> None:
+        """Graphs share their memory: each is done with it before another is replayed."""
+        device = next(self.task.parameters()).device
+        static = {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
+        pool = next((graph.pool() for graph, _, _ in self.recorded.values()), None)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool):
+            total = self.step([static])
+        self.recorded[shapes] = graph, static, total
 
 
 # ---- files ------------------------------------------------------------------------------------------
@@ -662,8 +785,10 @@ def adamw(task: nn.Module, lr: float) -> torch.optim.AdamW:
     decayed = {id(m.weight) for m in task.modules() if isinstance(m, (nn.Linear, nn.Embedding))}
     groups = [{"params": [p for p in task.parameters() if (id(p) in decayed) == decays], "weight_decay": decay}
               for decays, decay in ((True, WEIGHT_DECAY), (False, 0.0))]
-    fused = next(task.parameters()).device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(groups, lr=lr, fused=fused)
+    device = next(task.parameters()).device
+    # (a GPU's kernels read the rate when they run: it is a tensor there, so that recorded ones follow it too)
+    lr = torch.tensor(lr, device=device) if device.type == "cuda" else lr
+    return torch.optim.AdamW(groups, lr=lr, fused=device.type in ("cpu", "cuda"))
 
 
 def cosine(share: float) -> float:
@@ -690,7 +815,7 @@ def learning_rate(step: int, steps: int, peak: float, decay: Callable[[float], f
 
 def train(task: nn.Module, batches: Batches, held_out: Batches, output: Output, state: dict | None, *,
           split: Split | None = None, settings: dict, steps: int, lr: float, decay: Callable[[float], float] = cosine,
-          accumulate: int = 1, eval_every: int, workers: int = 1) -> dict[str, float]:
+          accumulate: int = 1, eval_every: int, workers: int = 1, graphs: bool = False) -> dict[str, float]:
     """Train `task` on its device and write `output`; returns the best evaluation's metrics, `task` having its weights.
 
     Args:
@@ -699,17 +824,21 @@ def train(task: nn.Module, batches: Batches, held_out: Batches, output: Output, 
         held_out, split: evaluated before the first step, every `eval_every` steps and at the end; the weights
             with the best score are the ones that are kept.
         state: from `output.resume(settings)`: training goes on where that was saved.
-        accumulate: cut each batch into so many pieces, to save memory; the gradients are the same sums.
+        accumulate, graphs: of `Stepper`.
     Raises `Problem`: with exit code 130 or 143 for a SIGINT or SIGTERM, once the state is saved; with 1 where a
     file cannot be written, the corpus changed, or the loss is no longer finite.
     """
     device = next(task.parameters()).device
     optimizer = adamw(task, lr)
+    stepper = Stepper(task, optimizer, accumulate, graphs)
     log_every = max(1, min(LOG_STEPS, steps // 10))
     step, evaluated, tokens, window, best = 0, -1, 0, [], None  # best: (metrics, weights)
     if state:
         try:
             task.load_state_dict(state["weights"])
+            ours = [{name: group[name] for name in ("lr", "capturable", "fused")} for group in optimizer.param_groups]
+            for group, own in zip(state["optimizer"]["param_groups"], ours):  # another device may have saved it
+                group.update(own)
             optimizer.load_state_dict(state["optimizer"])
             step, evaluated, tokens = (int(state[name]) for name in ("step", "evaluated", "tokens"))
             window = [sums.to(device) for sums in state["window"]]
@@ -755,7 +884,9 @@ def train(task: nn.Module, batches: Batches, held_out: Batches, output: Output, 
             while True:
                 if (step % eval_every == 0 or step == steps) and evaluated < step:
                     paused = time.monotonic()
-                    with saving_state():
+                    # compiling for so few batches would take longer than it saves
+                    few = len(held_out) < PAYS * len(held_out.lengths)
+                    with saving_state(), torch.compiler.set_stance("force_eager" if few else "default"):
                         metrics, _ = evaluate(task, held_out, split, workers, signals.watch)
                     started += time.monotonic() - paused
                     evaluated = step
@@ -771,8 +902,8 @@ def train(task: nn.Module, batches: Batches, held_out: Batches, output: Output, 
                     batch = next(stream)
                 rate = learning_rate(step, steps, lr, decay)
                 for group in optimizer.param_groups:
-                    group["lr"] = rate
-                window.append(one_step(task, optimizer, batch, accumulate))
+                    group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], torch.Tensor) else rate
+                window.append(stepper(batch))
                 step += 1
                 sides = [batch.lengths] + ([batch.second[1]] if batch.second and not isinstance(task, Tagging) else [])
                 tokens += int(sum(lengths.sum() for lengths in sides))
@@ -802,19 +933,3 @@ def train(task: nn.Module, batches: Batches, held_out: Batches, output: Output, 
                           f"{output.advice}", 128 + signals.number) from None
     task.load_state_dict(best[1])
     return best[0]
-
-
-def one_step(task: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, accumulate: int) -> torch.Tensor:
-    """One optimizer step on a batch; the detached sums of its pieces, added up."""
-    tensors, count = task.prepare(batch)
-    total = 0
-    if task.coupled:
-        task.pieces, accumulate = accumulate, 1
-    for piece in zip(*(tensor.chunk(accumulate) for tensor in tensors.values())):
-        sums = compute(task, dict(zip(tensors, piece)))
-        (sums[0] / max(count, 1)).backward()
-        total = total + sums.detach()
-    nn.utils.clip_grad_norm_(task.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return total

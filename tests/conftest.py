@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 import codessm
@@ -50,6 +51,19 @@ def wait_for(condition, process):
     while not condition():
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.01)
+
+
+@pytest.fixture
+def compiler():
+    """Skips where nothing can be compiled; begins without compilations, fails when dynamo stops compiling."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(8))
+    except Exception as error:
+        pytest.skip(f"no compiler works here: {type(error).__name__}")
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(fail_on_cache_limit_hit=True):
+        yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture(scope="session")

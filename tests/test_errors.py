@@ -268,7 +268,7 @@ def test_interrupted_before_training(small):
 def test_memory_that_is_not_there(small, monkeypatch):
     def fail(*_args, **_options):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-    monkeypatch.setattr(tasks, "one_step", fail)
+    monkeypatch.setattr(tasks.Stepper, "__call__", fail)
     code, said = cli("pretrain", small, *TINY, "--steps", 3)
     assert code == 1 and "Error: out of memory: use a smaller --batch, --ctx or --size" in said
 

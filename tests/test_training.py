@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -89,6 +90,22 @@ def test_loss_equals_its_definition_and_logits_are_made_where_masked_only(task, 
     assert abs(metrics["perplexity"] / math.exp(expected / count) - 1) < 1e-4
 
 
+def test_of_a_compiled_task_the_chosen_tokens_have_a_fixed_number(task, tokenizer, corpus):
+    """Compiled, batches of one shape have tensors of one shape, and the same losses as before."""
+    batches = [one_batch(corpus, tokenizer, epoch=epoch) for epoch in range(5)]
+    with torch.no_grad():
+        eager = [task.sums(**task.prepare(batch)[0]) for batch in batches]
+        task.compiled = True
+        prepared = [task.prepare(batch) for batch in batches]
+        assert all(torch.equal(task.sums(**tensors), sums) for (tensors, _), sums in zip(prepared, eager))
+    shapes = {tensors["where"].shape for tensors, _ in prepared}
+    counts = {count for _, count in prepared}
+    assert len(shapes) == 1 < len(counts) and max(counts) <= shapes.pop()[0] < 2 * max(counts)
+    dense = Batch(np.full((4, 64), 50, np.int32), np.full(4, 64, np.int32), np.arange(4), 0)
+    tensors, _ = task.prepare(dense)
+    assert "lengths" not in tensors and "lengths" in prepared[0][0]  # without padding there is no mask
+
+
 def test_accumulation_changes_memory_and_nothing_else(tokenizer, corpus):
     """Three uneven pieces of a batch that hold different numbers of masked tokens, against the whole."""
     weights = []
@@ -97,7 +114,7 @@ def test_accumulation_changes_memory_and_nothing_else(tokenizer, corpus):
         task = MLM(Encoder(tokenizer.vocab, d=32, layers=2, N=8), tokenizer)
         optimizer = torch.optim.SGD(task.parameters(), lr=0.1)
         for epoch in range(3):
-            sums = tasks.one_step(task, optimizer, one_batch(corpus, tokenizer, 32, epoch=epoch), accumulate)
+            sums = tasks.Stepper(task, optimizer, accumulate)(one_batch(corpus, tokenizer, 32, epoch=epoch))
         weights.append((sums, torch.cat([p.detach().flatten() for p in task.parameters()])))
     assert torch.allclose(weights[0][0], weights[1][0], rtol=1e-5)
     assert torch.allclose(weights[0][1], weights[1][1], atol=1e-6)
@@ -115,7 +132,7 @@ def test_what_decays(task):
     decays, free = (set(map(id, group["params"])) for group in tasks.adamw(task, 1e-3).param_groups)
     names = {name for name, p in task.named_parameters() if id(p) in decays}
     assert len(decays) + len(free) == len(list(task.parameters()))
-    layer = {f"encoder.layers.{i}.{name}.weight" for i in range(2) for name in ("vfb", "u1", "u2", "u", "o")}
+    layer = {f"encoder.layers.{i}.{name}.weight" for i in range(2) for name in ("v", "fb", "u1", "u2", "u", "o")}
     assert names == layer | {"encoder.embedding.weight", "dense.weight"}
 
 
@@ -125,14 +142,50 @@ def test_a_tiny_model_overfits_32_samples(tokenizer, corpus):
     torch.manual_seed(0)
     task = MLM(Encoder(tokenizer.vocab, **codessm.SIZES["tiny"]), tokenizer)
     optimizer = tasks.adamw(task, 0)
-    batch = one_batch(corpus, tokenizer, ctx=32)
+    stepper, batch = tasks.Stepper(task, optimizer), one_batch(corpus, tokenizer, ctx=32)
     for step in range(STEPS):
         for group in optimizer.param_groups:
             group["lr"] = tasks.learning_rate(step, STEPS, 4e-3)
-        tasks.one_step(task, optimizer, batch._replace(epoch=step), 1)
+        stepper(batch._replace(epoch=step))
     with torch.no_grad():
         metrics = task.metrics(task.outputs(batch._replace(epoch=epoch) for epoch in range(STEPS, STEPS + 10)))
     assert metrics["accuracy"] > 0.95
+
+
+@pytest.mark.parametrize("model, grain", [("codessm", 4), ("rocoder", 16)])
+def test_compilations_are_as_many_as_lengths_and_modes(model, grain, tokenizer, corpus, compiler, monkeypatch):
+    """Over two epochs of mixed lengths and an evaluation; hitting dynamo's limit would fail (`compiler`)."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    graphs = torch._dynamo.utils.counters["stats"]
+    samples = data.Samples(corpus, tokenizer, 96)
+    batches = data.Batches(samples, corpus.train[:160], 8, [*range(16, 97, grain)], tokenizer.pad, 0)
+    # of codessm more than dynamo's limit as it comes, 8
+    assert len({batch.ids.shape for batch in batches.stream(stop=len(batches))}) > 32 // grain
+    task = MLM(Encoder(tokenizer.vocab, d=64, layers=2, N=4, model=model), tokenizer)
+    assert tasks.compile_parts(task, True)
+    before = graphs["unique_graphs"]
+    stepper, seen = tasks.Stepper(task, tasks.adamw(task, 1e-3)), set()
+    for epoch, training in ((0, True), (1, True), (0, False), (1, True)):
+        for batch in batches.stream(epoch * len(batches), (epoch + 1) * len(batches)):
+            tensors, _ = task.prepare(batch)
+            L, masked = batch.ids.shape[1], "lengths" in tensors
+            seen |= {("layer", L, masked, training), ("head", tensors["where"].shape, training),
+                     ("embedding", L, training)}
+            if training:
+                stepper(batch)
+            else:
+                with torch.no_grad():
+                    tasks.compute(task, tensors)
+    assert graphs["unique_graphs"] - before == len(seen)
+
+
+def test_without_a_compiler_a_line_says_so_and_the_run_goes_on(small, monkeypatch):
+    def fail(*_args, **_options):
+        raise RuntimeError("Cannot find a working triton installation.\nMore of it.")
+    monkeypatch.setattr(torch, "compile", fail)
+    code, said = cli("pretrain", small, *TINY, "--steps", 2, "--compile")
+    assert code == 0 and "no compiler works on cpu, so nothing is compiled (Cannot find a working triton" in said
+    assert "More of it" not in said and os.path.exists("model.pt")
 
 
 # ---- checkpoints ------------------------------------------------------------------------------------

@@ -1,0 +1,93 @@
+"""`codessm bench`: its figures agree with each other and with what they are measures of."""
+import json
+
+import pytest
+import torch
+
+import codessm
+from codessm import Encoder
+from conftest import cli
+
+TINY = ["bench", "--size", "tiny", "--batch-tokens", 256, "--repeats", 2, "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(codessm.median_seconds, "__defaults__", (0.0,))
+
+
+@pytest.mark.parametrize("train", [[], ["--train"]])
+def test_the_json_has_every_figure(train):
+    code, said = cli(*TINY, "--lengths", "32,128", "--attention", "both", "--convolution", "both", "--json", *train)
+    assert code == 0, said
+    result = json.loads(said.splitlines()[-1])
+    assert result["size"] == "tiny" and result["train"] == bool(train) and result["precision"] == "float32"
+    assert result["device"].startswith("cpu") and result["torch"] == torch.__version__ and result["batch_tokens"] == 256
+    forms = [("codessm", ""), ("codessm", "fft"), ("rocoder", ""), ("rocoder", "plain")]
+    rows = result["rows"]
+    assert [(row["length"], row["model"], row["form"]) for row in rows] == [(L, *f) for L in (32, 128) for f in forms]
+    for i, row in enumerate(rows):
+        assert row["batch"] * row["length"] == 256 and not row["compiled"] and row["first_seconds"] > 0
+        assert row["tokens_per_second"] == pytest.approx(256 / row["seconds"])
+        assert row["samples_per_second"] == pytest.approx(row["batch"] / row["seconds"])
+        assert row["ratio"] == pytest.approx(row["tokens_per_second"] / rows[i // 4 * 4]["tokens_per_second"])
+        # of width d a layer of codessm has 13 d^2 weights in linear maps, one of rocoder 12 d^2
+        FLOP = 2 * 4 * (13 if row["model"] == "codessm" else 12) * 128 ** 2 * (3 if train else 1)
+        assert row["share"] == pytest.approx(FLOP * row["tokens_per_second"] / result["product_rate"])
+        assert row["memory"] is None or row["memory"] >= 0
+
+
+def test_the_table_has_a_row_for_each_model_and_length():
+    code, said = cli(*TINY, "--lengths", "16,32", "--models", "rocoder,codessm")
+    rows = [line.split() for line in said.splitlines() if line.startswith(("codessm ", "rocoder "))]
+    assert code == 0 and [row[:3] for row in rows] == [
+        [name, str(L), str(256 // L)] for L in (16, 32) for name in ("rocoder", "codessm")]
+    assert [row[-3] for row in rows][::2] == ["1.00"] * 2 and "TFLOP/s" in said
+
+
+def test_what_does_not_fit_is_a_row_that_says_so(monkeypatch):
+    def bench_one(name, _form, _size, length, *rest, original=codessm.bench_one):
+        if name == "rocoder" and length == 64:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        if name == "rocoder" and length == 128:
+            raise MemoryError
+        return original(name, _form, _size, length, *rest)
+    monkeypatch.setattr(codessm, "bench_one", bench_one)
+    code, said = cli(*TINY, "--models", "rocoder,codessm", "--lengths", "32,64,128", "--json")
+    rows = json.loads(said.splitlines()[-1])["rows"]
+    errors = [None, None, "out of memory", None, "out of memory", None]
+    assert code == 0 and [row.get("error") for row in rows] == errors
+    assert rows[3]["ratio"] is None and rows[1]["ratio"] > 0
+    code, said = cli(*TINY, "--models", "codessm,rocoder", "--lengths", "64")
+    row = next(line for line in said.splitlines() if line.startswith("rocoder "))
+    assert code == 0 and row.split() == ["rocoder", "64", "4", "out", "of", "memory"]
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--lengths", "512,x"], "512,x is no list of lengths such as 512,1024,2048"),
+    (["--lengths", "0"], "0 is no list of lengths"),
+    (["--models", "codessm,bert"], "'bert' is none of codessm, rocoder"),
+    (["--device", "cuda:99"], "--device cuda:99: there is no such device here"),
+])
+def test_wrong_arguments(arguments, message):
+    code, said = cli(*TINY, *arguments)
+    assert code == 2 and message in said.replace("\n", " ")
+
+
+def test_plain_attention_and_fft_compute_the_same():
+    """What is compared differs in speed and memory alone."""
+    torch.manual_seed(0)
+    ids, lengths = torch.randint(50, (2, 40)), torch.tensor([40, 23])
+    for model in ("codessm", "rocoder"):
+        encoder = Encoder(50, d=64, layers=2, model=model)
+        with torch.no_grad():
+            for parameter in encoder.parameters():
+                parameter.mul_(2)
+            one = encoder(ids, lengths)
+            encoder.fft = True
+            for layer in encoder.layers:
+                layer.plain = True
+            other = encoder(ids, lengths)
+        assert not torch.equal(one[0], other[0])  # they are two ways
+        for ours, theirs in ((one[0], other[0]), (one[1, :23], other[1, :23])):
+            assert (ours - theirs).abs().max() < 1e-5 * ours.abs().max()
