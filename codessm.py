@@ -505,7 +505,7 @@ OPTIONS = {
     "--restart": dict(is_flag=True, help="Begin anew, whatever an earlier run left at -o."),
     "--device": dict(default="auto", show_default=True, help="cpu, cuda, cuda:1, mps; auto is cuda, else cpu."),
     "--compile/--no-compile": dict(default=None, help="Compile the layers, each length when it first comes.  "
-                                                      "[default: on a GPU]"),
+                                                      f"[default: on a GPU, from {tasks.PAYS} batches a length]"),
     "--workers": dict(type=click.IntRange(0),
                       help="Processes that tokenise ahead.  [default: half the cores, at most 4]"),
     "--json": dict(is_flag=True, help="Print the result as JSON."),
@@ -540,11 +540,6 @@ def check_training(steps, epochs, vocab, tokenizer_path, lr) -> None:
 def default_learning_rate(d: int, pretrained: bool = False) -> float:
     """The peak one; 5e-5 is the papers' for fine-tuning."""
     return 2e-3 if d <= SIZES["tiny"]["d"] else 5e-5 if pretrained else 3e-4
-
-
-def compile_or_not(compiled: bool | None, batches: int, lengths: list[int]) -> bool | None:
-    """The same as `compiled`, but not where so few batches come that compiling would take longer than it saves."""
-    return False if compiled is None and batches < tasks.PAYS * len(lengths) else compiled
 
 
 def default_workers(workers: int | None) -> int:
@@ -635,7 +630,7 @@ def pretrain(corpus, ctx, model, size, tokenizer_path, vocab, steps, epochs, bat
 
         torch.manual_seed(seed)
         task = MLM(Encoder(tokenizer.vocab, **SIZES[size], model=model), tokenizer, seed).to(device)
-        compiled = tasks.compile_parts(task, compiled)
+        compiled = tasks.compile_parts(task, compiled, tasks.pays(batches, steps))
         if not any(task.prepare(batch)[1] for batch in held_out.stream(stop=len(held_out))):
             raise Problem(f"nothing to predict in the {len(held_out.records)} records held out: give a larger corpus")
         describe(
@@ -752,7 +747,7 @@ def finetune(name, ckpt, data_path, ctx, model, size, tokenizer_path, vocab, ste
         torch.manual_seed(seed)
         encoder = pretrained.encoder if pretrained else Encoder(tokenizer.vocab, **SIZES[size], model=model)
         task = tasks.OBJECTIVES[benchmark.kind](encoder, tokenizer, name, reader.labels, ctx).to(device)
-        compiled = tasks.compile_parts(task, compiled)
+        compiled = tasks.compile_parts(task, compiled, tasks.pays(batches, steps))
         describe(task=f"{name}, {benchmark.kind}, from {ckpt if pretrained else 'scratch'}", data=facts,
                  **({"labels": f"{len(reader.labels):,}: {data.listed(reader.labels, 8)}"} if reader.labels else {}),
                  tokenizer=f"{tokenizer.vocab:,} entries",
@@ -811,8 +806,7 @@ def load_for(name: str, path: str, device: torch.device) -> nn.Module:
          "--workers --json",
          data="The folder (or file) of the benchmark, of mlm a corpus.  [default: ./TASK; mlm: the standard library]",
          ctx="Tokens a function.  [default: as trained; mlm: 256]",
-         batch="Samples at a time; the result does not depend on it.", 
-         compile=f"Compile the layers.  [default: on a GPU, from {tasks.PAYS} batches a length]")
+         batch="Samples at a time; the result does not depend on it.")
 @click.option("--split", default="test", show_default=True, type=click.Choice(data.SPLITS),
               help="Of mlm, test is the whole corpus and valid its held-out 1 %.")
 @click.option("--predictions", metavar="FILE", help="Write the predictions, in the form CodeXGLUE's evaluators read.")
@@ -855,8 +849,8 @@ def evaluate(name, ckpt, data_path, ctx, batch, limit, skip_bad, code_field, tex
         batches = part.each(batch, lengths)
         facts += f"; {describe_encoding(part)}"
     describe(data=facts, samples=f"ctx {ctx}, padded to {', '.join(map(str, lengths))}")
-    tasks.compile_parts(model, compile_or_not(compiled, len(batches), lengths))
-    metrics, outputs = tasks.evaluate(model, batches, part, workers)
+    compiled = tasks.compile_parts(model, compiled, tasks.pays(batches, len(batches)))
+    metrics, outputs = tasks.evaluate(model, batches, part, workers, eagerly=not compiled)
     if not all(map(math.isfinite, metrics.values())):
         if name == "mlm" and not outputs[-1]:
             raise Problem(f"{data_path}: nothing could be predicted: the corpus is too small")
@@ -1045,7 +1039,7 @@ def bench(lengths, names, train, batch_tokens, attention, convolution, repeats, 
                    f"{batch_tokens:,} tokens a batch, {precision}; one large matrix product: {rate / 1e12:.3g} TFLOP/s")
         click.echo(f"{'model':14} {'length':>7} {'batch':>6} {'samples/s':>10} {'tokens/s':>10} {'memory':>8} "
                    f"{'share':>6} {'ratio':>6} {'first run':>9}")
-    bar = data.progress(cases, desc="measuring", unit=" rows", unit_scale=False, leave=False)
+    bar = data.progress(cases, desc="measuring", unit=" rows", unit_scale=False, leave=False, miniters=1)
     for length, name, form in bar:
         batch = max(1, batch_tokens // length)
         row = dict(model=name, form=form, length=length, batch=batch)

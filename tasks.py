@@ -38,7 +38,7 @@ FORMAT = "codessm 1"
 WEIGHT_DECAY = 0.01
 SAVE_SECONDS = 300
 LOG_STEPS = 50
-PAYS = 100  # batches a length for which it pays to compile an evaluation
+PAYS = 100  # batches a length
 
 
 def initialise(linear: nn.Linear, d: int) -> nn.Linear:
@@ -491,11 +491,17 @@ def build(content: dict, encoder: nn.Module, tokenizer: Tokenizer) -> nn.Module:
 
 
 def evaluate(task: nn.Module, batches: Batches, split: Split | None = None, workers: int = 0,
-             watch: Callable[[Iterable], Iterable] = iter) -> tuple[dict[str, float], object]:
-    """(metrics, outputs) of the task on a split whose items come in `batches`; `watch` may raise to stop it."""
+             watch: Callable[[Iterable], Iterable] = iter,
+             eagerly: bool | None = None) -> tuple[dict[str, float], object]:
+    """(metrics, outputs) of the task on a split whose items come in `batches`; `watch` may raise to stop it.
+
+    A compiled task is run `eagerly` where compiling for evaluation would not pay, unless that is given.
+    """
     task.eval()
     workers = workers if len(batches) > batches.POOL else 0  # not worth starting them
-    with torch.no_grad(), closing(batches.stream(stop=len(batches), workers=workers)) as stream:
+    eagerly = not pays(batches, len(batches)) if eagerly is None else eagerly
+    with (torch.no_grad(), torch.compiler.set_stance("force_eager" if eagerly else "default"),
+          closing(batches.stream(stop=len(batches), workers=workers)) as stream):
         outputs = task.outputs(progress(watch(stream), total=len(batches), desc="evaluating", unit=" batches",
                                         unit_scale=False, leave=False), split)
     return task.metrics(outputs, split), outputs
@@ -503,13 +509,18 @@ def evaluate(task: nn.Module, batches: Batches, split: Split | None = None, work
 
 # ---- devices ----------------------------------------------------------------------------------------
 
-def compile_parts(task: nn.Module, wanted: bool | None) -> bool:
-    """Compile the task, unless it is not `wanted`; None is what suits its device. Whether it is compiled.
+def pays(batches: Batches, steps: int) -> bool:
+    """Whether so many steps of these batches gain more time than compiling for their lengths takes."""
+    return steps >= PAYS * len(batches.lengths)
+
+
+def compile_parts(task: nn.Module, wanted: bool | None, pays: bool = True) -> bool:
+    """Compile the task if that is `wanted`, None meaning where it `pays` on a GPU. Whether it is compiled.
 
     Each length and mode is compiled when it first comes. Where no compiler works, a line says so.
     """
     device = next(task.parameters()).device
-    if not (device.type == "cuda" if wanted is None else wanted):
+    if not (device.type == "cuda" and pays if wanted is None else wanted):
         return False
     try:
         torch.compile(lambda x: (x + 1).exp(), dynamic=False)(torch.zeros(8, device=device))
@@ -557,7 +568,7 @@ class Stepper:
         graphs: a step is recorded as a CUDA graph once its shapes have come `BEFORE` times, and replayed from then on:
             of a small batch it takes longer to launch the kernels of a step than to run them.
     """
-    BEFORE, MOST_TOKENS = 2, 16_384  # of a larger batch the memory of a graph would not be worth its time
+    BEFORE, MOST, MOST_TOKENS = 2, 64, 16_384  # of a larger batch the memory of a graph would not be worth its time
 
     def __init__(self, task: nn.Module, optimizer: torch.optim.Optimizer, accumulate: int = 1, graphs: bool = False):
         self.task, self.optimizer, self.accumulate, self.graphs = task, optimizer, accumulate, graphs
@@ -583,9 +594,16 @@ class Stepper:
         shapes = tuple((name, tensor.shape) for name, tensor in pieces[0].items())
         self.seen[shapes] = self.seen.get(shapes, 0) + 1
         if shapes not in self.recorded:
-            if self.seen[shapes] <= self.BEFORE:
+            if self.seen[shapes] <= self.BEFORE or len(self.recorded) == self.MOST:
                 return self.step(pieces)
-            self.record(shapes, pieces[0])
+            try:
+                self.record(shapes, pieces[0])
+            except RuntimeError as error:
+                self.graphs = False
+                self.optimizer.zero_grad(set_to_none=True)
+                say(f"a step could not be recorded as a CUDA graph ({str(error).splitlines()[0][:100]}): "
+                    "the run goes on without")
+                return self.step(pieces)
         graph, static, total = self.recorded[shapes]
         for name, tensor in pieces[0].items():
             static[name].copy_(tensor if tensor.is_cuda else tensor.pin_memory(), non_blocking=True)
@@ -884,9 +902,7 @@ def train(task: nn.Module, batches: Batches, held_out: Batches, output: Output, 
             while True:
                 if (step % eval_every == 0 or step == steps) and evaluated < step:
                     paused = time.monotonic()
-                    # compiling for so few batches would take longer than it saves
-                    few = len(held_out) < PAYS * len(held_out.lengths)
-                    with saving_state(), torch.compiler.set_stance("force_eager" if few else "default"):
+                    with saving_state():
                         metrics, _ = evaluate(task, held_out, split, workers, signals.watch)
                     started += time.monotonic() - paused
                     evaluated = step

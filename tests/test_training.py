@@ -1,4 +1,5 @@
 """Masked language modelling, the training loop, checkpoints and resume."""
+import copy
 import gzip
 import json
 import math
@@ -177,6 +178,49 @@ def test_compilations_are_as_many_as_lengths_and_modes(model, grain, tokenizer, 
                 with torch.no_grad():
                     tasks.compute(task, tensors)
     assert graphs["unique_graphs"] - before == len(seen)
+
+
+def test_where_a_step_cannot_be_recorded_the_run_goes_on_without(task, tokenizer, corpus, monkeypatch, capsys):
+    """And takes the same steps; what is recorded are shapes that came twice before."""
+    recorded = []
+
+    def record(_stepper, shapes, _tensors):
+        recorded.append(dict(shapes)["ids"])
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(tasks.Stepper, "record", record)
+    task.compiled = True
+    weights = []
+    for graphs in (False, True):
+        other = copy.deepcopy(task)
+        stepper = tasks.Stepper(other, torch.optim.SGD(other.parameters(), lr=0.1), graphs=graphs)
+        for epoch, ctx in enumerate((64, 32, 64, 32, 64, 64)):
+            stepper(one_batch(corpus, tokenizer, 16, ctx, epoch))
+        weights.append(torch.cat([p.detach().flatten() for p in other.parameters()]))
+    assert torch.equal(*weights) and recorded == [(16, 64)] and not stepper.graphs
+    assert capsys.readouterr().err.count("could not be recorded as a CUDA graph (operation not permitted") == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("kind", ["mlm", "classify", "pair", "retrieval"])
+def test_recorded_steps_are_steps(kind, tokenizer, corpus):
+    """On a GPU ten steps of two lengths, replayed and not, end with the same weights."""
+    rng, weights = np.random.default_rng(0), []
+    ids = [rng.integers(4, tokenizer.vocab, (10, 8, L)).astype(np.int32) for L in (24, 40)]
+    lengths, labels = np.full(8, 20, np.int32), rng.integers(0, 2, (10, 8))
+    for graphs in (False, True):
+        torch.manual_seed(0)
+        encoder = Encoder(tokenizer.vocab, d=64, layers=2)
+        task = (MLM(encoder, tokenizer) if kind == "mlm" else
+                tasks.OBJECTIVES[kind](encoder, tokenizer, kind, ["0", "1"], 64)).cuda()
+        assert tasks.compile_parts(task, True)
+        stepper = tasks.Stepper(task, tasks.adamw(task, 1e-3), graphs=graphs)
+        for step in range(10):
+            second = (ids[0][step], lengths) if kind in ("pair", "retrieval") else None
+            stepper(Batch(ids[step % 2][step], lengths, np.arange(8) + 8 * step, 0, second, labels[step]))
+        weights.append(torch.cat([p.detach().flatten() for p in task.parameters()]))
+        assert len(stepper.recorded) == (2 if graphs else 0)
+    assert (weights[0] - weights[1]).abs().max() < 1e-3 and (weights[0] - weights[1]).norm() < 1e-2 * weights[0].norm()
 
 
 def test_without_a_compiler_a_line_says_so_and_the_run_goes_on(small, monkeypatch):
