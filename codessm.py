@@ -14,6 +14,7 @@ arXiv 2206.11893), as in CodeSSM (Verma et al. 2025, arXiv 2505.01475). Shapes a
 Complex numbers are kept as pairs of reals throughout.
 """
 import ctypes
+import gc
 import importlib.util
 import itertools
 import json
@@ -204,7 +205,8 @@ class Gelu(torch.autograd.Function):
     """x Phi(x) and its derivative by polynomials of 13 terms, where erf and exp would take longer than memory does.
 
     Phi(x) - 1/2 and Phi(x) + x phi(x) - 1/2 are odd: x q(x^2), q interpolated at the Chebyshev points of |x| < 5;
-    beyond they stand still. The errors are below 2e-6 and 2e-5 (rounding to bfloat16 errs by 4e-3).
+    beyond they stand still. The errors are below 2e-6 (for |x| > 12 below 2e-7 |x|) and 2e-5; rounding to bfloat16
+    errs by up to 4e-3 of a value.
     """
 
     @staticmethod
@@ -314,6 +316,7 @@ class RoFormerLayer(nn.Module):
 
 
 def rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+    """x (B, heads, L, 64), each pair turned by its angle; rotation (2, L, 32) in cosines and sines."""
     cos, sin = rotation
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)
@@ -363,6 +366,7 @@ class Encoder(nn.Module):
         return X
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """The input of the first layer, (B, L, d) float32, of ids (B, L)."""
         return self.norm(self.embedding(ids))
 
     def given(self, X: torch.Tensor) -> Iterable[Kernels | torch.Tensor]:
@@ -417,6 +421,11 @@ def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> nn.Modu
 OUT_OF_MEMORY = "out of memory: use a smaller --batch, --ctx or --size, or a larger --accumulate"
 
 
+def out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or any(said in str(error) for said in ("out of memory",
+                                                                                 "can't allocate memory"))
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM, where there is nothing to save yet."""
 
@@ -438,20 +447,19 @@ class Commands(click.Group):
             raise Problem(f"interrupted{' before training began' * trains}: nothing is lost", code) from None
         except BrokenPipeError:
             raise
-        except MemoryError:
-            raise Problem(OUT_OF_MEMORY, 1) from None
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
             raise Problem(f"{where}{error.strerror or error}", 1) from None
-        except RuntimeError as error:
-            if type(error).__module__.startswith("torch._dynamo"):
-                raise Problem(f"the compiler failed ({str(error).strip().splitlines()[0][:200]}): --no-compile goes on "
-                              "without it", 1) from None
+        except (MemoryError, RuntimeError) as error:
+            if out_of_memory(error):
+                raise Problem(OUT_OF_MEMORY, 1) from None
+            if any(kind.__name__ == "TorchDynamoException" for kind in type(error).__mro__):  # inductor's too
+                lines = [line for line in str(error).splitlines() if line.strip() and not line.endswith("raised:")]
+                raise Problem(f"the compiler failed ({lines[0].strip()[:200] if lines else type(error).__name__}): "
+                              "--no-compile does without it", 1) from None
             if "DataLoader worker" in str(error):
                 raise Problem("a process that tokenises died, perhaps for want of memory: use fewer --workers",
                               1) from None
-            if "out of memory" in str(error) or "can't allocate memory" in str(error):
-                raise Problem(OUT_OF_MEMORY, 1) from None
             raise
         finally:
             signal.signal(signal.SIGTERM, before)
@@ -469,7 +477,9 @@ def choose_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        found = torch.empty(1, device=device).device
+        if device.type == "cuda":
+            torch.cuda.set_device(found)  # events and graphs are of the current one
         if device.type in ("cpu", "cuda", "mps"):
             return device
     except (RuntimeError, AssertionError, NotImplementedError):
@@ -569,6 +579,8 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: of the tensors on a GPU, else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "linux":  # where ru_maxrss begins with that of the parent
+        return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -643,7 +655,7 @@ def pretrain(corpus, ctx, model, size, tokenizer_path, vocab, steps, epochs, bat
                           batch=batch, lr=lr, seed=seed, accumulate=accumulate, eval_every=eval_every)
         metrics = tasks.train(task, batches, held_out, output, state,
                               settings=settings, steps=steps, lr=lr, accumulate=accumulate, eval_every=eval_every,
-                              workers=workers, graphs=compiled and device.type == "cuda")
+                              workers=workers, graphs=compiled)
     result = dict(output=output_path, steps=steps, parameters=sum(p.numel() for p in task.parameters()),
                   held_out=len(held_out.records), seconds=round(time.monotonic() - started, 1),
                   peak_memory=peak_memory(device), **metrics)
@@ -759,7 +771,7 @@ def finetune(name, ckpt, data_path, ctx, model, size, tokenizer_path, vocab, ste
         metrics = tasks.train(task, batches, held_out, output, state, split=valid,
                               settings=settings, steps=steps, lr=lr, decay=tasks.linearly, accumulate=accumulate,
                               eval_every=eval_every, workers=workers,
-                              graphs=compiled and device.type == "cuda")
+                              graphs=compiled)
         result = dict(output=output_path, task=name, steps=steps, parameters=sum(p.numel() for p in task.parameters()),
                       **{f"valid_{key}": value for key, value in metrics.items()})
         if "test" in reader.splits:
@@ -911,12 +923,14 @@ def predict(files, ckpt, ctx, batch, device):
 # ---- speed and memory -------------------------------------------------------------------------------
 
 def numbers(_ctx, _parameter, value: str) -> list[int]:
+    """The lengths of a list with commas; raises `click.BadParameter`."""
     if not all(part.strip().isdecimal() and 0 < int(part) < 2**24 for part in value.split(",")):
         raise click.BadParameter(f"{value} is no list of lengths such as 512,1024,2048")
     return [int(part) for part in value.split(",")]
 
 
 def models(_ctx, _parameter, value: str) -> list[str]:
+    """The models of a list with commas, each once; raises `click.BadParameter`."""
     names = [name.strip() for name in value.split(",")]
     for name in names:
         if name not in MODELS:
@@ -956,7 +970,9 @@ def product_rate(device: torch.device, repeats: int) -> float:
 
 def memory_in_use(device: torch.device) -> int | None:
     """Bytes now, from which on `peak_memory` begins anew; None where the system does not tell."""
+    gc.collect()  # a compiled model refers to itself
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
@@ -970,19 +986,24 @@ def memory_in_use(device: torch.device) -> int | None:
 
 def bench_one(model: str, form: str, size: str, length: int, batch: int, train: bool, device: torch.device,
               compiled: bool | None, repeats: int) -> dict:
-    """What `bench` measures of one model at one length, on full batches of random tokens."""
+    """What `bench` measures of one model at one length, on full batches of random tokens.
+
+    samples_per_second, tokens_per_second; the median seconds of a run; memory in bytes beyond the weights, or None;
+    projections in FLOP/s; first_seconds of the first run; whether it was compiled. Raises what torch does where memory
+    is short.
+    """
     vocab = 4096 if size == "tiny" else 32100
     encoder = Encoder(vocab, **SIZES[size], model=model)
     encoder.fft = form == "fft"
-    for layer in encoder.layers:
-        layer.plain = form == "plain"
+    for layer in encoder.layers if form == "plain" else ():
+        layer.plain = True
     task = MLM(encoder, None).to(device)
     compiled = tasks.compile_parts(task, compiled)
     before = memory_in_use(device)
     ids = torch.randint(vocab, (batch, length), device=device)
     if train:
         count = max(1, round(0.15 * batch * length))
-        stepper = tasks.Stepper(task, tasks.adamw(task, 1e-5), graphs=compiled and device.type == "cuda")
+        stepper = tasks.Stepper(task, tasks.adamw(task, 1e-5), graphs=compiled)
         where = torch.randperm(batch * length, device=device)[:count]
         tensors = dict(ids=ids, targets=ids.long(), where=where)
 
@@ -998,6 +1019,7 @@ def bench_one(model: str, form: str, size: str, length: int, batch: int, train: 
     begun = time.monotonic()
     float(run().sum())  # waits for a GPU
     first = time.monotonic() - begun
+    memory_in_use(device)  # the compiler's own does not count
     seconds = median_seconds(run, device, repeats)
     FLOP = 2 * sum(m.weight.numel() for m in encoder.layers.modules() if isinstance(m, nn.Linear)) * (3 if train else 1)
     return dict(samples_per_second=batch / seconds, tokens_per_second=batch * length / seconds, seconds=seconds,
@@ -1023,8 +1045,11 @@ def bench(lengths, names, train, batch_tokens, attention, convolution, repeats, 
     """Measure speed and memory of the models on this machine.
 
     A batch is full, without padding. The memory is what is allocated at most beyond the weights, the share is that of
-    the model's linear projections in the rate of one large matrix product, the first run is the one that compiles.
+    the model's linear projections in the rate of one large matrix product, the first run is the one that compiles, or
+    finds what was compiled before.
     """
+    if attention != "fused" and "rocoder" not in names or convolution != "matrix" and "codessm" not in names:
+        raise click.UsageError("--attention is rocoder's and --convolution codessm's: name that model in --models")
     device = choose_device(device)
     gpu = device.type == "cuda"
     batch_tokens, repeats = batch_tokens or (65_536 >> train if gpu else 2048), repeats or (10 if gpu else 3)
@@ -1046,11 +1071,9 @@ def bench(lengths, names, train, batch_tokens, attention, convolution, repeats, 
         try:
             row |= bench_one(name, form, size, length, batch, train, device, compiled, repeats)
         except (MemoryError, RuntimeError) as error:
-            if "memory" not in f"{type(error).__name__} {error}".lower():
+            if not out_of_memory(error):
                 raise
             row["error"] = "out of memory"
-        if gpu:
-            torch.cuda.empty_cache()
         first = next((other for other in rows if other["length"] == length), row)
         if "error" not in row:
             row["share"] = row.pop("projections") / rate

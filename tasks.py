@@ -98,14 +98,14 @@ class MLM(nn.Module):
         hidden = self.norm(gelu(self.dense(hidden)))
         return linear(hidden, self.encoder.embedding.weight, self.bias)
 
-    def predict(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def sums_at(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """`sums` of hidden states (M, d) and their targets (M,)."""
         return classify(self.logits(hidden), targets)
 
     def sums(self, ids: torch.Tensor, targets: torch.Tensor, where: torch.Tensor,
              lengths: torch.Tensor | None = None) -> torch.Tensor:
         """(summed cross-entropy in nats, correct predictions, predictions), float32 (3,)."""
-        return self.predict(*at(where, self.encoder(ids, lengths), targets))
+        return self.sums_at(*at(where, self.encoder(ids, lengths), targets))
 
     def outputs(self, batches: Iterable[Batch], _split: Split | None = None) -> torch.Tensor:
         """`sums` over all the batches, float64 (3,)."""
@@ -535,7 +535,7 @@ def compile_parts(task: nn.Module, wanted: bool | None, pays: bool = True) -> bo
     task.encoder.compile_parts()
     if task.name == "mlm":
         task.compiled = True
-        task.predict = torch.compile(task.predict, dynamic=False, fullgraph=True)
+        task.sums_at = torch.compile(task.sums_at, dynamic=False, fullgraph=True)
     return True
 
 
@@ -553,11 +553,13 @@ def compute(task: nn.Module, tensors: dict[str, torch.Tensor], function: Callabl
         return (function or task.sums)(**tensors)
 
 
+def pinned(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """In pinned memory, if it is to be copied to a GPU, so that nothing waits for the copy."""
+    return tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor
+
+
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """On the device; for a GPU by pinned memory, so that nothing waits for the copy."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    return pinned(tensor, device).to(device, non_blocking=True)
 
 
 class Stepper:
@@ -565,16 +567,19 @@ class Stepper:
 
     Args:
         accumulate: cut each batch into so many pieces; the gradients are the same sums.
-        graphs: a step is recorded as a CUDA graph once its shapes have come `BEFORE` times, and replayed from then on:
-            of a small batch it takes longer to launch the kernels of a step than to run them.
+        graphs: on a GPU a step is recorded as a CUDA graph once its shapes have come `BEFORE` times, and replayed from
+            then on: of a small batch it takes longer to launch the kernels of a step than to run them. Not of
+            tagging, whose batches differ in the number of labelled words.
     """
     BEFORE, MOST, MOST_TOKENS = 2, 64, 16_384  # of a larger batch the memory of a graph would not be worth its time
 
     def __init__(self, task: nn.Module, optimizer: torch.optim.Optimizer, accumulate: int = 1, graphs: bool = False):
-        self.task, self.optimizer, self.accumulate, self.graphs = task, optimizer, accumulate, graphs
+        self.task, self.optimizer, self.accumulate = task, optimizer, accumulate
+        self.device = next(task.parameters()).device
+        self.graphs = graphs and self.device.type == "cuda" and not isinstance(task, Tagging)
         self.seen: dict[tuple, int] = {}
         self.recorded: dict[tuple, tuple[torch.cuda.CUDAGraph, dict[str, torch.Tensor], torch.Tensor]] = {}
-        if graphs:
+        if self.graphs:
             for group in optimizer.param_groups:
                 group["capturable"] = True
 
@@ -589,7 +594,8 @@ class Stepper:
         """A step on what `task.prepare` made of the pieces, counting `count`."""
         share = torch.tensor(1 / max(1, count))  # of the summed loss in the mean one
         pieces = [tensors | {"share": share} for tensors in pieces]
-        if not self.graphs or self.accumulate > 1 or pieces[0]["ids"].numel() > self.MOST_TOKENS:
+        tokens = sum(tensor.numel() for name, tensor in pieces[0].items() if name in ("ids", "ids2"))
+        if not self.graphs or self.accumulate > 1 or tokens > self.MOST_TOKENS:
             return self.step(pieces)
         shapes = tuple((name, tensor.shape) for name, tensor in pieces[0].items())
         self.seen[shapes] = self.seen.get(shapes, 0) + 1
@@ -600,17 +606,19 @@ class Stepper:
                 self.record(shapes, pieces[0])
             except RuntimeError as error:
                 self.graphs = False
+                self.recorded.clear()  # and their memory
                 self.optimizer.zero_grad(set_to_none=True)
                 say(f"a step could not be recorded as a CUDA graph ({str(error).splitlines()[0][:100]}): "
                     "the run goes on without")
                 return self.step(pieces)
         graph, static, total = self.recorded[shapes]
         for name, tensor in pieces[0].items():
-            static[name].copy_(tensor if tensor.is_cuda else tensor.pin_memory(), non_blocking=True)
+            static[name].copy_(pinned(tensor, self.device), non_blocking=True)
         graph.replay()
         return total.clone()
 
     def step(self, pieces: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+        """Backward through each piece, then one update; the sums (3,) of all pieces."""
         total = 0
         for tensors in pieces:
             sums = compute(self.task, {name: tensor for name, tensor in tensors.items() if name != "share"})
@@ -623,8 +631,7 @@ class Stepper:
 
     def record(self, shapes: tuple, tensors: dict[str, torch.Tensor]) -> None:
         """Graphs share their memory: each is done with it before another is replayed."""
-        device = next(self.task.parameters()).device
-        static = {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
+        static = {name: tensor.to(self.device, copy=True) for name, tensor in tensors.items()}
         pool = next((graph.pool() for graph, _, _ in self.recorded.values()), None)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool):

@@ -1,12 +1,14 @@
 """`codessm bench`: its figures agree with each other and with what they are measures of."""
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 
 import codessm
 from codessm import Encoder
-from conftest import cli
+from conftest import ROOT, cli
 
 TINY = ["bench", "--size", "tiny", "--batch-tokens", 256, "--repeats", 2, "--device", "cpu"]
 
@@ -34,7 +36,6 @@ def test_the_json_has_every_figure(train):
         # of width d a layer of codessm has 13 d^2 weights in linear maps, one of rocoder 12 d^2
         FLOP = 2 * 4 * (13 if row["model"] == "codessm" else 12) * 128 ** 2 * (3 if train else 1)
         assert row["share"] == pytest.approx(FLOP * row["tokens_per_second"] / result["product_rate"])
-        assert row["memory"] is None or row["memory"] >= 0
 
 
 def test_the_table_has_a_row_for_each_model_and_length():
@@ -63,7 +64,45 @@ def test_what_does_not_fit_is_a_row_that_says_so(monkeypatch):
     assert code == 0 and row.split() == ["rocoder", "64", "4", "out", "of", "memory"]
 
 
+def test_an_error_that_is_not_for_want_of_memory_is_none(monkeypatch):
+    def bench_one(*_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    monkeypatch.setattr(codessm, "bench_one", bench_one)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        cli(*TINY, "--lengths", "32")
+
+
+def test_a_compiler_that_fails_is_a_sentence(monkeypatch):
+    class TorchDynamoException(RuntimeError):
+        pass
+
+    class InductorError(TorchDynamoException):
+        pass
+
+    def bench_one(*_):
+        raise InductorError("backend='inductor' raised:\nCompileError: no header\nmore")
+    monkeypatch.setattr(codessm, "bench_one", bench_one)
+    code, said = cli(*TINY, "--lengths", "32")
+    assert code == 1 and "Error: the compiler failed (CompileError: no header): --no-compile does without it" in said
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the system does not tell")
+def test_memory_is_that_of_the_row_alone():
+    """Plain attention holds at least the scores of two heads, 2,048 x 2,048 floats each; a large parent counts not."""
+    script = f"""
+import subprocess, sys
+ballast = bytearray(b"x") * 1_500_000_000
+command = "bench --size tiny --models rocoder --lengths 2048 --repeats 1 --attention both --device cpu --json"
+sys.exit(subprocess.run([sys.executable, "{ROOT}/codessm.py", *command.split()]).returncode)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    fused, plain = (row["memory"] for row in json.loads(done.stdout)["rows"])
+    assert 2 * 2048 ** 2 * 4 < plain < 1e9 and 0 < fused < plain
+
+
 @pytest.mark.parametrize("arguments, message", [
+    (["--models", "codessm", "--attention", "plain"], "--attention is rocoder's and --convolution codessm's"),
+    (["--models", "rocoder", "--convolution", "fft"], "--attention is rocoder's and --convolution codessm's"),
     (["--lengths", "512,x"], "512,x is no list of lengths such as 512,1024,2048"),
     (["--lengths", "0"], "0 is no list of lengths"),
     (["--models", "codessm,bert"], "'bert' is none of codessm, rocoder"),

@@ -116,7 +116,7 @@ def test_states_are_summed_as_in_float32():
 
 
 def test_the_naive_float32_coefficients_would_fail():
-    """The bound above is one that the phase in float32 does not keep: what `discretise` is careful about matters."""
+    """The bound above is one that the phase in float32 does not keep: what `kernels` is careful about matters."""
     ssm = S4D()
     with torch.no_grad():
         ssm.A_re.fill_(-1e-4)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from functools import partial
 
 import numpy as np
@@ -193,12 +194,39 @@ def test_where_a_step_cannot_be_recorded_the_run_goes_on_without(task, tokenizer
     weights = []
     for graphs in (False, True):
         other = copy.deepcopy(task)
-        stepper = tasks.Stepper(other, torch.optim.SGD(other.parameters(), lr=0.1), graphs=graphs)
+        stepper = tasks.Stepper(other, torch.optim.SGD(other.parameters(), lr=0.1))
+        stepper.graphs = graphs  # which needs a GPU
         for epoch, ctx in enumerate((64, 32, 64, 32, 64, 64)):
             stepper(one_batch(corpus, tokenizer, 16, ctx, epoch))
         weights.append(torch.cat([p.detach().flatten() for p in other.parameters()]))
     assert torch.equal(*weights) and recorded == [(16, 64)] and not stepper.graphs
     assert capsys.readouterr().err.count("could not be recorded as a CUDA graph (operation not permitted") == 1
+
+
+def test_a_replayed_step_reads_its_batch(task, tokenizer, corpus, monkeypatch):
+    """With a recording that is no CUDA graph but steps on the tensors it was given: batches, counts and masks."""
+    replays = []
+
+    def record(stepper, shapes, tensors):
+        static, total = {name: tensor.clone() for name, tensor in tensors.items()}, torch.zeros(3)
+
+        def replay():
+            replays.append(shapes)
+            total.copy_(stepper.step([static]))
+
+        stepper.recorded[shapes] = types.SimpleNamespace(replay=replay), static, total
+
+    monkeypatch.setattr(tasks.Stepper, "record", record)
+    task.compiled, found = True, []
+    dense = Batch(np.full((16, 64), 50, np.int32), np.full(16, 64, np.int32), np.arange(16), 0)
+    for graphs in (False, True):
+        other = copy.deepcopy(task)
+        stepper = tasks.Stepper(other, torch.optim.SGD(other.parameters(), lr=0.1))
+        stepper.graphs = graphs
+        sums = [stepper(dense._replace(epoch=epoch) if epoch % 2 else one_batch(corpus, tokenizer, 16, 64, epoch))
+                for epoch in range(9)]
+        found.append(torch.cat([*sums, *(p.detach().flatten() for p in other.parameters())]))
+    assert torch.equal(*found) and len(replays) == 9 - 4 and len(set(replays)) == 2  # with a mask and without
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -438,6 +466,23 @@ def test_a_state_with_wrong_fields_is_refused(unfinished):
         code, said = cli(*unfinished)
         assert code == 2 and said.count("model.pt.state") == said.count("--restart") == said.count("Error: ") == 1, said
         assert folder() == before
+
+
+def test_a_gpus_state_goes_on_without_one(unfinished):
+    """Its learning rate is a tensor, and its optimizer may be recorded."""
+    state = tasks.read("model.pt.state")
+    for group in state["optimizer"]["param_groups"]:
+        group.update(lr=torch.tensor(0.1), capturable=True)
+    torch.save(state | {"random_cuda": torch.zeros(16, dtype=torch.uint8)}, "model.pt.state")
+    run = program(*unfinished)
+    assert any("going on from step" in line for line in run.stderr)
+    time.sleep(1)
+    run.send_signal(signal.SIGINT)
+    run.communicate(timeout=60)
+    again = tasks.read("model.pt.state")
+    assert run.returncode == 130 and again["step"] > state["step"]
+    groups = again["optimizer"]["param_groups"]
+    assert {(type(group["lr"]), group["capturable"]) for group in groups} == {(float, False)}
 
 
 def test_one_run_an_output(small):
