@@ -121,26 +121,36 @@ def kernels(A_re: torch.Tensor, A_im: torch.Tensor, C: torch.Tensor, D: torch.Te
     K = torch.cat([K[..., :1] + D, K[..., 1:]], -1)
     if fft:
         return Kernels(K=K)
-    T = both(toeplitz(K), lambda T: T.mT)
+    T = both(Toeplitz.apply(K), lambda T: T.flip(-2, -1))
     if n == 1:
         return Kernels(T.to(dtype))
     # (2N, c): A-bar^(c - 1 - j)
     E = both(torch.stack([P_re, P_im], -2)[..., :c].flatten(-3, -2).flip(-1), lambda E: E.flip(-1)).to(dtype)
     # (c, 2N): Re(C-bar A-bar^(i + 1) H) = O [Re H, Im H]
     O = both(torch.stack([W_re, -W_im], -2)[..., 1:].flatten(-3, -2).mT, lambda O: O.flip(-2))
-    w_re, w_im = (toeplitz(a) for a in powers(c * torch.arange(min(n, GROUP) + 1, device=x.device)))
+    w_re, w_im = (Toeplitz.apply(a) for a in powers(c * torch.arange(min(n, GROUP) + 1, device=x.device)))
     # complex numbers as real blocks: [[Re, -Im], [Im, Re]]
     W = torch.stack([torch.stack([w_re, -w_im], -2), torch.stack([w_im, w_re], -2)], -4)
     return Kernels(torch.cat([T, O], -1).to(dtype), E, W.flatten(1, 2))
 
 
-def toeplitz(k: torch.Tensor) -> torch.Tensor:
-    """The lower-triangular (..., c, c) of k (..., c) with k[i - j] at row i and column j."""
-    c = k.shape[-1]
-    # row i of a (c, 2c - 1) view of a repeated period of 2c begins i places earlier in the period
-    period = torch.cat([k[..., :1], torch.zeros_like(k), k[..., 1:].flip(-1)], -1)
-    rows = period[..., None, :].expand(*k.shape, 2 * c).flatten(-2)[..., :c * (2 * c - 1)]
-    return rows.unflatten(-1, (c, 2 * c - 1))[..., :c]
+class Toeplitz(torch.autograd.Function):
+    """The lower-triangular T (..., c, c) of k (..., c), T[i, j] = k[i - j]; dk[l] = sum_i dT[i, i - l]."""
+
+    @staticmethod
+    def forward(ctx, k: torch.Tensor) -> torch.Tensor:
+        c = k.shape[-1]
+        # row i of a (c, 2c - 1) view of a repeated period of 2c begins i places earlier in the period
+        period = torch.cat([k[..., :1], torch.zeros_like(k), k[..., 1:].flip(-1)], -1)
+        rows = period[..., None, :].expand(*k.shape, 2 * c).flatten(-2)[..., :c * (2 * c - 1)]
+        return rows.unflatten(-1, (c, 2 * c - 1))[..., :c]
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
+        c = grad.shape[-1]
+        # with c zeros before each row, l counts from the right in rows that begin one place later each
+        rows = pad(grad, (c, 0))
+        return rows.as_strided(grad.shape, (*rows.stride()[:-2], 2 * c + 1, 1), 1).sum(-2).flip(-1)
 
 
 def convolve(u: torch.Tensor, kernels: Kernels) -> torch.Tensor:
@@ -158,10 +168,29 @@ def convolve(u: torch.Tensor, kernels: Kernels) -> torch.Tensor:
     TO, E, W, _ = kernels
     u = u.reshape(2, c, n * B * d)
     if W is not None:
-        S = torch.bmm(E, u).view(2, -1, n, B * d)
+        S = Product.apply(E, u).view(2, -1, n, B * d)
         H = in_time(carry(in_time(S).view(len(W), 2, n, B * d), W).view(S.shape))
         u = torch.cat([u, H.view(2, -1, n * B * d)], 1)
-    return torch.bmm(TO, u).view(2, c, n, B, d)
+    return Product.apply(TO, u).view(2, c, n, B, d)
+
+
+class Product(torch.autograd.Function):
+    """M u (2, c, m) of M (2, c, k) and u (2, k, m), where m is by far the largest.
+
+    dM = dy u^T is the sum of products of eight parts of m, float32, as a GPU is not filled by one of so few rows and columns.
+    """
+    @staticmethod
+    def forward(ctx, M: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(M, u)
+        return torch.bmm(M, u)
+
+    @staticmethod
+    def backward(ctx, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        M, u = ctx.saved_tensors
+        parts = math.gcd(8, u.shape[-1])
+        sides = ([side.unflatten(-1, (parts, -1)).transpose(0, 1) for side in pair] for pair in zip(dy, u))
+        dM = torch.stack([torch.bmm(dy, u.mT).to(torch.promote_types(M.dtype, torch.float32)).sum(0) for dy, u in sides])
+        return dM.to(M.dtype), torch.bmm(M.mT, dy)
 
 
 def in_time(S: torch.Tensor) -> torch.Tensor:
@@ -202,44 +231,34 @@ def gelu(x: torch.Tensor) -> torch.Tensor:
 
 
 class Gelu(torch.autograd.Function):
-    """x Phi(x) and its derivative by polynomials of 13 terms, where erf and exp would take longer than memory does.
+    """x Phi(x) and its derivative by one exponential, where erf would take longer than memory does.
 
-    Phi(x) - 1/2 and Phi(x) + x phi(x) - 1/2 are odd: x q(x^2), q interpolated at the Chebyshev points of |x| < 5;
-    beyond they stand still. The errors are below 2e-6 (for |x| > 12 below 2e-7 |x|) and 2e-5; rounding to bfloat16
-    errs by up to 4e-3 of a value.
+    Phi(x) = sigmoid(z), z = log(Phi(x) / Phi(-x)) = x q(x^2), q of degree 2 fitted to |x| < 4.5 and constant beyond.
+    The errors are below 4e-5 and 2e-4; rounding to bfloat16 errs by up to 4e-3 of a value.
     """
-
     @staticmethod
     def forward(ctx, x: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(x)
         wide = x.float()
         # a copy, as dynamo of torch 2.11 gets the gradients wrong where a cast does nothing
-        return (wide * half_plus_odd(wide, PHI)).to(x.dtype, copy=True)
+        return (wide * sigmoid(wide)[2]).to(x.dtype, copy=True)
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
-        return (grad.float() * half_plus_odd(ctx.saved_tensors[0].float(), DERIVATIVE)).to(grad.dtype)
+        x = ctx.saved_tensors[0].float()
+        t, e, s = sigmoid(x)
+        dz = Q0 + t * (3 * Q1 + t * (5 * Q2))
+        return (grad.float() * (s + x * dz * (s * (e * s)))).to(grad.dtype)  # 1 - s = e s
 
 
-def interpolate(f: Callable[[float], float]) -> tuple[float, ...]:
-    """The coefficients of f(x) / x, f odd, in powers of t = 2 (x / 5)^2 - 1."""
-    chebyshev = np.polynomial.chebyshev
-    q = np.vectorize(lambda t: f(5 * math.sqrt((t + 1) / 2)) / (5 * math.sqrt((t + 1) / 2)))
-    return tuple(chebyshev.cheb2poly(chebyshev.chebinterpolate(q, 12)).tolist())
+Q0, Q1, Q2 = 1.5948888, 0.074158467, -0.00073317494  # q(t) = Q0 + Q1 t + Q2 t^2
 
 
-def half_plus_odd(x: torch.Tensor, coefficients: tuple[float, ...]) -> torch.Tensor:
-    """1/2 + x q(x^2) by Horner's rule."""
-    x = x.clamp(-5, 5)
-    t = x * x * (2 / 25) - 1
-    q = coefficients[-1]
-    for coefficient in coefficients[-2::-1]:
-        q = q * t + coefficient
-    return 0.5 + x * q
-
-
-PHI = interpolate(lambda x: math.erf(x / math.sqrt(2)) / 2)
-DERIVATIVE = interpolate(lambda x: math.erf(x / math.sqrt(2)) / 2 + x * math.exp(-x * x / 2) / math.sqrt(2 * math.pi))
+def sigmoid(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """t = min(x^2, 4.5^2), e^-z of z = x q(t), and 1 / (1 + e^-z), of float32 x."""
+    t = (x * x).clamp(max=4.5 ** 2)
+    e = torch.exp2(-math.log2(math.e) * x * (Q0 + t * (Q1 + t * Q2)))
+    return t, e, torch.rsqrt(1 + e).square()  # a GPU has an instruction for rsqrt, and none for a quotient
 
 
 class Layer(nn.Module):
@@ -264,25 +283,39 @@ class Layer(nn.Module):
         self.u = nn.Linear(d, 3 * d)
         self.o = nn.Linear(3 * d, d)
 
-    def forward(self, X: torch.Tensor, kernels: Kernels, mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Xo (B, L, d) of Xi (B, L, d), floating; `mask` (B, L, 1), bool, is False at padding.
+    def forward(self, X: torch.Tensor, R: torch.Tensor, kernels: Kernels,
+                mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Xi = X + R and Xo - Xi, all (c, n, B, d), floating; `mask` (c, n, B, 1), bool, is False at padding.
 
-        The mask keeps padding out of the SSMs, the one place where positions meet. From there to U tokens stand as
-        (c, n, B), the order in which one matrix product convolves all chunks. V comes last: it need not wait in memory.
+        The mask keeps padding out of the SSMs, the one place where positions meet. Tokens stand as (c, n, B), the order
+        in which one matrix product convolves all chunks. What a layer adds to X is added by the next, whose norm reads
+        X anyway. V comes last: it need not wait in memory.
         """
-        B, L, d = X.shape
-        c = L if kernels.TO is None else kernels.TO.shape[-2]
-        n = -(-L // c)
-        x = self.norm(X)
+        c, n, B, d = X.shape
+        X = X + R if torch.is_grad_enabled() else X.add_(R)
+        x = self.norm(X).view(-1, d)
         FB = gelu(self.fb(x))
         if mask is not None:
-            FB = FB * mask
-        if n * c > L:
-            FB = pad(FB, (0, 0, 0, n * c - L))
-        y = convolve(FB.view(B, n, c, 2, d).permute(3, 2, 1, 0, 4), kernels)
-        U = self.u(self.u1(y[0]) * self.u2(y[1]))
-        U = U.permute(2, 1, 0, 3).reshape(B, n * c, 3 * d)[:, :L]
-        return X + self.o(gelu(U) * gelu(self.v(x)))
+            FB = FB * mask.reshape(-1, 1)
+        y = convolve(FB.view(c, n, B, 2, d).permute(3, 0, 1, 2, 4), kernels).reshape(2, -1, d)
+        y = torch.bmm(y, torch.stack([self.u1.weight, self.u2.weight]).mT)
+        U = self.u(Gate.apply(y, torch.stack([self.u1.bias, self.u2.bias])))
+        return X, self.o(gelu(U) * gelu(self.v(x))).view(X.shape)
+
+
+class Gate(torch.autograd.Function):
+    """U1 * U2 (m, d), U1 and U2 being those of y (2, m, d) with their biases b (2, d), float32, added; in y's dtype."""
+
+    @staticmethod
+    def forward(ctx, y: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(y, b)
+        return ((y[0] + b[0]) * (y[1] + b[1])).to(y.dtype, copy=True)  # a copy, as in `Gelu`
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y, b = ctx.saved_tensors
+        dU = grad * (y.flip(0) + b.flip(0)[:, None])
+        return dU.to(y.dtype), dU.sum(1)
 
 
 class RoFormerLayer(nn.Module):
@@ -299,7 +332,8 @@ class RoFormerLayer(nn.Module):
         self.up, self.down = nn.Linear(d, 4 * d), nn.Linear(4 * d, d)
         self.norm1, self.norm2 = nn.LayerNorm(d, eps=1e-12), nn.LayerNorm(d, eps=1e-12)
 
-    def forward(self, X: torch.Tensor, rotation: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, X: torch.Tensor, _R: None, rotation: torch.Tensor,
+                mask: torch.Tensor | None = None) -> tuple[torch.Tensor, None]:
         """Xo (B, L, d) of Xi (B, L, d), floating; rotation (2, L, 32) cosines and sines; mask (B, L, 1), bool."""
         B, L, d = X.shape
         q, k, v = self.qkv(X).view(B, L, 3, d // 64, 64).permute(2, 0, 3, 1, 4)  # (B, heads, L, 64)
@@ -312,7 +346,7 @@ class RoFormerLayer(nn.Module):
         else:
             Y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         X = self.norm1(X + self.out(Y.transpose(1, 2).reshape(B, L, d)))
-        return self.norm2(X + self.down(gelu(self.up(X))))
+        return self.norm2(X + self.down(gelu(self.up(X)))), None
 
 
 def rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
@@ -325,6 +359,16 @@ def rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
 MODELS = {"codessm": Layer, "rocoder": RoFormerLayer}
 CHUNK = {"cuda": 512}  # the longest c there; elsewhere 256
 GROUP = 64  # m, chunks
+
+
+def compute_dtype(X: torch.Tensor) -> torch.dtype:
+    """Of matrix products with X: autocast's, else that of X."""
+    return torch.get_autocast_dtype(X.device.type) if torch.is_autocast_enabled(X.device.type) else X.dtype
+
+
+def in_chunks(X: torch.Tensor, chunks: tuple[int, int]) -> torch.Tensor:
+    """(c, n, B, d) of X (B, n c, d), chunks being (n, c)."""
+    return X.unflatten(1, chunks).permute(2, 1, 0, 3).contiguous()
 
 
 class Encoder(nn.Module):
@@ -357,27 +401,47 @@ class Encoder(nn.Module):
         `lengths` (B,) counts the real tokens of each row; without it every token is real. What stands
         at padding is unspecified, and no real position depends on it.
         """
-        mask, L = None, ids.shape[1]
+        L, device, mask, R = ids.shape[1], ids.device, None, None
+        chunks = self.chunks(L, device)
+        if chunks and math.prod(chunks) > L:
+            lengths = ids.new_full(ids.shape[:1], L) if lengths is None else lengths
+            ids = pad(ids, (0, math.prod(chunks) - L))
         if lengths is not None:  # a row without any would leave attention nothing to attend to
-            mask = (torch.arange(L, device=ids.device) < lengths[:, None].clamp(min=1))[..., None]
-        X = self.embed(ids)
-        for layer, given in zip(self.layers, self.given(X)):
-            X = layer(X, given, mask)
-        return X
+            mask = (torch.arange(ids.shape[1], device=device) < lengths[:, None].clamp(min=1))[..., None]
+        X = self.embed(ids, chunks)
+        if chunks:
+            # (a layer without gradients for it would be compiled apart from the others)
+            R = X.new_zeros(X.shape, dtype=compute_dtype(X)).requires_grad_(X.requires_grad)
+            mask = None if mask is None else in_chunks(mask, chunks)
+        for layer, given in zip(self.layers, self.given(X, L)):
+            X, R = layer(X, R, given, mask)
+        return X if R is None else self.finish(X, R)[:, :L]
 
-    def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """The input of the first layer, (B, L, d) float32, of ids (B, L)."""
-        return self.norm(self.embedding(ids))
+    def embed(self, ids: torch.Tensor, chunks: tuple[int, int] | None = None) -> torch.Tensor:
+        """The input of the first layer, float32, of ids (B, L): (B, L, d), or in `chunks` (c, n, B, d)."""
+        X = self.norm(self.embedding(ids))
+        return in_chunks(X, chunks) if chunks else X
 
-    def given(self, X: torch.Tensor) -> Iterable[Kernels | torch.Tensor]:
-        """What each layer needs beside X (B, L, d): made for all layers at once."""
-        device, L = X.device, X.shape[1]
+    def finish(self, X: torch.Tensor, R: torch.Tensor) -> torch.Tensor:
+        """X + R (B, n c, d) of (c, n, B, d)."""
+        return (X + R).permute(2, 1, 0, 3).flatten(1, 2)
+
+    def chunks(self, L: int, device: torch.device) -> tuple[int, int] | None:
+        """(n, c), the chunks in which L tokens are convolved; None of layers that do not convolve."""
         if self.config["model"] == "rocoder":
-            angle = torch.arange(L, device=device)[:, None] * 10_000 ** (-torch.arange(32, device=device) / 32)
+            return None
+        if self.fft:
+            return 1, L
+        n = -(-L // (self.chunk or CHUNK.get(device.type, 256)))
+        return n, -(-L // (8 * n)) * 8  # the matrix units want multiples of 8
+
+    def given(self, X: torch.Tensor, L: int) -> Iterable[Kernels | torch.Tensor]:
+        """What each layer needs beside X, (c, n, B, d) or (B, L, d): made for all layers at once."""
+        if self.config["model"] == "rocoder":
+            angle = torch.arange(L, device=X.device)[:, None] * 10_000 ** (-torch.arange(32, device=X.device) / 32)
             return [torch.stack([angle.cos(), angle.sin()])] * len(self.layers)
-        n = 1 if self.fft else -(-L // (self.chunk or CHUNK.get(device.type, 256)))
-        c = L if self.fft else -(-L // (8 * n)) * 8  # the matrix units want multiples of 8
-        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else X.dtype
+        c, n = X.shape[:2]
+        dtype = compute_dtype(X)
         ssms = [ssm for layer in self.layers for ssm in (layer.forward_ssm, layer.backward_ssm)]
         stacked = (torch.stack([getattr(ssm, name) for ssm in ssms]).unflatten(0, (-1, 2))
                    for name in ("A_re", "A_im", "C", "D", "log_step"))
@@ -392,7 +456,7 @@ class Encoder(nn.Module):
         """
         for layer in self.layers:
             layer.compile(dynamic=False, fullgraph=True)
-        self.embed = torch.compile(self.embed, dynamic=False, fullgraph=True)
+        self.embed, self.finish = (torch.compile(f, dynamic=False, fullgraph=True) for f in (self.embed, self.finish))
 
 
 def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> nn.Module:
@@ -1011,10 +1075,11 @@ def bench_one(model: str, form: str, size: str, length: int, batch: int, train: 
             return stepper.take([tensors], count)
     else:
         task.eval()
+        forward = tasks.inference(task, encoder)
 
         def run():
             with torch.no_grad():
-                return tasks.compute(task, {"ids": ids}, encoder)
+                return forward({"ids": ids})
 
     begun = time.monotonic()
     float(run().sum())  # waits for a GPU

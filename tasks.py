@@ -109,9 +109,9 @@ class MLM(nn.Module):
 
     def outputs(self, batches: Iterable[Batch], _split: Split | None = None) -> torch.Tensor:
         """`sums` over all the batches, float64 (3,)."""
-        total = torch.zeros(3, dtype=torch.float64)
+        total, run = torch.zeros(3, dtype=torch.float64), inference(self, self.sums)
         for batch in batches:
-            total += compute(self, self.prepare(batch)[0]).cpu().double()
+            total += run(self.prepare(batch)[0]).cpu().double()
         return total
 
     def metrics(self, outputs: torch.Tensor, _split: Split | None = None) -> dict[str, float]:
@@ -152,10 +152,10 @@ def pool(encoder: nn.Module, ids: torch.Tensor, lengths: torch.Tensor | None = N
 
 def embed(task: nn.Module, batches: Iterable[Batch], split: Split) -> torch.Tensor:
     """`pool` of each distinct item of a split, in their order: (items, d) float32 on the CPU."""
-    table = torch.empty(len(split.distinct), task.encoder.config["d"])
+    table, run = torch.empty(len(split.distinct), task.encoder.config["d"]), inference(task, partial(pool, task.encoder))
     for batch in batches:
         real = batch.lengths > 0
-        rows = compute(task, to_tensors(ids=batch.ids, lengths=batch.lengths), partial(pool, task.encoder))
+        rows = run(to_tensors(ids=batch.ids, lengths=batch.lengths))
         table[np.searchsorted(split.distinct, batch.records[real])] = rows[torch.from_numpy(real)].cpu()
     return table
 
@@ -381,9 +381,10 @@ class Tagging(nn.Module):
     def outputs(self, batches: Iterable[Batch], split: Split) -> list[tuple[np.ndarray, np.ndarray]]:
         """(gold, predicted) label numbers of the labelled words of each window, in the order of the files."""
         windows: list = [None] * len(split)
+        run = inference(self, self.predict)
         for batch in batches:
             tensors, _ = self.prepare(batch)
-            predicted = compute(self, tensors, self.predict).cpu().numpy()
+            predicted = run(tensors).cpu().numpy()
             gold = tensors["targets"].numpy()
             ends = np.cumsum((gold != IGNORE).sum(1))[:-1]
             for window, *found in zip(batch.records, np.split(gold[gold != IGNORE], ends), np.split(predicted, ends)):
@@ -562,24 +563,71 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return pinned(tensor, device).to(device, non_blocking=True)
 
 
+class Recorder:
+    """`function(tensors)` on a device; on a GPU recorded as a CUDA graph once the shapes have come `BEFORE` times.
+
+    Of a small batch it takes longer to launch kernels one by one than to run them; of a larger one than `MOST_TOKENS`
+    the memory of a graph would not be worth its time. Where a recording fails, a line says so and none is made.
+    """
+    BEFORE, MOST, MOST_TOKENS = 2, 64, 16_384
+
+    def __init__(self, function: Callable[[dict[str, torch.Tensor]], torch.Tensor], device: torch.device,
+                 wanted: bool = True):
+        self.function, self.device, self.wanted = function, device, wanted and device.type == "cuda"
+        self.seen: dict[tuple, int] = {}
+        self.recorded: dict[tuple, tuple[torch.cuda.CUDAGraph, dict[str, torch.Tensor], torch.Tensor]] = {}
+
+    def __call__(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+        tokens = sum(tensor.numel() for name, tensor in tensors.items() if name in ("ids", "ids2"))
+        if not self.wanted or tokens > self.MOST_TOKENS:
+            return self.function(tensors)
+        shapes = tuple((name, tensor.shape) for name, tensor in tensors.items())
+        self.seen[shapes] = self.seen.get(shapes, 0) + 1
+        if shapes not in self.recorded:
+            if self.seen[shapes] <= self.BEFORE or len(self.recorded) == self.MOST:
+                return self.function(tensors)
+            try:
+                self.record(shapes, tensors)
+            except RuntimeError as error:
+                self.wanted = False
+                self.recorded.clear()  # and their memory
+                say(f"a batch could not be recorded as a CUDA graph ({str(error).splitlines()[0][:100]}): "
+                    "the run goes on without")
+                return self.function(tensors)
+        graph, static, result = self.recorded[shapes]
+        for name, tensor in tensors.items():
+            static[name].copy_(pinned(tensor, self.device), non_blocking=True)
+        graph.replay()
+        return result.clone()
+
+    def record(self, shapes: tuple, tensors: dict[str, torch.Tensor]) -> None:
+        """Graphs share their memory: each is done with it before another is replayed."""
+        static = {name: tensor.to(self.device, copy=True) for name, tensor in tensors.items()}
+        pool = next((graph.pool() for graph, _, _ in self.recorded.values()), None)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool):
+            result = self.function(static)
+        self.recorded[shapes] = graph, static, result
+
+
+def inference(task: nn.Module, function: Callable) -> Recorder:
+    """`compute` of a function of the task, to be called on the tensors of many batches."""
+    return Recorder(lambda tensors: compute(task, tensors, function), next(task.parameters()).device)
+
+
 class Stepper:
     """Optimizer steps: `Stepper(...)(batch)` takes one and returns the detached sums of its pieces, added up.
 
     Args:
         accumulate: cut each batch into so many pieces; the gradients are the same sums.
-        graphs: on a GPU a step is recorded as a CUDA graph once its shapes have come `BEFORE` times, and replayed from
-            then on: of a small batch it takes longer to launch the kernels of a step than to run them. Not of
-            tagging, whose batches differ in the number of labelled words.
+        graphs: record steps (`Recorder`). Not of tagging, whose batches differ in the number of labelled words.
     """
-    BEFORE, MOST, MOST_TOKENS = 2, 64, 16_384  # of a larger batch the memory of a graph would not be worth its time
 
     def __init__(self, task: nn.Module, optimizer: torch.optim.Optimizer, accumulate: int = 1, graphs: bool = False):
         self.task, self.optimizer, self.accumulate = task, optimizer, accumulate
-        self.device = next(task.parameters()).device
-        self.graphs = graphs and self.device.type == "cuda" and not isinstance(task, Tagging)
-        self.seen: dict[tuple, int] = {}
-        self.recorded: dict[tuple, tuple[torch.cuda.CUDAGraph, dict[str, torch.Tensor], torch.Tensor]] = {}
-        if self.graphs:
+        self.recorder = Recorder(lambda tensors: self.step([tensors]), next(task.parameters()).device,
+                                 graphs and accumulate == 1 and not isinstance(task, Tagging))
+        if self.recorder.wanted:
             for group in optimizer.param_groups:
                 group["capturable"] = True
 
@@ -594,32 +642,12 @@ class Stepper:
         """A step on what `task.prepare` made of the pieces, counting `count`."""
         share = torch.tensor(1 / max(1, count))  # of the summed loss in the mean one
         pieces = [tensors | {"share": share} for tensors in pieces]
-        tokens = sum(tensor.numel() for name, tensor in pieces[0].items() if name in ("ids", "ids2"))
-        if not self.graphs or self.accumulate > 1 or tokens > self.MOST_TOKENS:
-            return self.step(pieces)
-        shapes = tuple((name, tensor.shape) for name, tensor in pieces[0].items())
-        self.seen[shapes] = self.seen.get(shapes, 0) + 1
-        if shapes not in self.recorded:
-            if self.seen[shapes] <= self.BEFORE or len(self.recorded) == self.MOST:
-                return self.step(pieces)
-            try:
-                self.record(shapes, pieces[0])
-            except RuntimeError as error:
-                self.graphs = False
-                self.recorded.clear()  # and their memory
-                self.optimizer.zero_grad(set_to_none=True)
-                say(f"a step could not be recorded as a CUDA graph ({str(error).splitlines()[0][:100]}): "
-                    "the run goes on without")
-                return self.step(pieces)
-        graph, static, total = self.recorded[shapes]
-        for name, tensor in pieces[0].items():
-            static[name].copy_(pinned(tensor, self.device), non_blocking=True)
-        graph.replay()
-        return total.clone()
+        return self.recorder(pieces[0]) if len(pieces) == 1 else self.step(pieces)
 
     def step(self, pieces: list[dict[str, torch.Tensor]]) -> torch.Tensor:
         """Backward through each piece, then one update; the sums (3,) of all pieces."""
         total = 0
+        self.optimizer.zero_grad(set_to_none=True)  # a recording that failed may have left some
         for tensors in pieces:
             sums = compute(self.task, {name: tensor for name, tensor in tensors.items() if name != "share"})
             (sums[0] * to_device(tensors["share"], sums.device)).backward()
@@ -628,15 +656,6 @@ class Stepper:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return total
-
-    def record(self, shapes: tuple, tensors: dict[str, torch.Tensor]) -> None:
-        """Graphs share their memory: each is done with it before another is replayed."""
-        static = {name: tensor.to(self.device, copy=True) for name, tensor in tensors.items()}
-        pool = next((graph.pool() for graph, _, _ in self.recorded.values()), None)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool):
-            total = self.step([static])
-        self.recorded[shapes] = graph, static, total
 
 
 # ---- files ------------------------------------------------------------------------------------------

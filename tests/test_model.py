@@ -115,6 +115,27 @@ def test_states_are_summed_as_in_float32():
     assert ((rough - exact).abs() > exact.abs() * 2 ** -8 + 1e-4).any(), "W in bfloat16 alone would do"
 
 
+def test_a_toeplitz_matrix_and_its_gradient():
+    """T[i, j] = k[i - j], one by one."""
+    k = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    T = codessm.Toeplitz.apply(k)
+    for i in range(5):
+        for j in range(5):
+            assert torch.equal(T[..., i, j], k[..., i - j] if i >= j else torch.zeros(2, 3))
+    assert torch.autograd.gradcheck(codessm.Toeplitz.apply, k)
+
+
+def test_gradients_of_products_and_gates():
+    """Whether the long side can be cut into eight or not."""
+    for m in (16, 20, 7):
+        M, u = (torch.randn(2, *shape, dtype=torch.float64, requires_grad=True) for shape in ((3, 4), (4, m)))
+        assert torch.equal(codessm.Product.apply(M, u), M @ u)
+        assert torch.autograd.gradcheck(codessm.Product.apply, (M, u))
+    y, b = torch.randn(2, 6, 3, dtype=torch.float64, requires_grad=True), torch.randn(2, 3, dtype=torch.float64,
+                                                                                    requires_grad=True)
+    assert torch.autograd.gradcheck(codessm.Gate.apply, (y, b))
+
+
 def test_the_naive_float32_coefficients_would_fail():
     """The bound above is one that the phase in float32 does not keep: what `kernels` is careful about matters."""
     ssm = S4D()
@@ -151,7 +172,7 @@ def test_the_compiled_gelu_is_the_exact_one(dtype):
     reference = torch.nn.functional.gelu(exact)
     reference.sum().backward()
     rounding = 2 ** -8 if dtype == torch.bfloat16 else 0
-    for ours, theirs, bound in ((Gelu.apply(x), reference, 2e-6), (x.grad, exact.grad, 2e-5)):
+    for ours, theirs, bound in ((Gelu.apply(x), reference, 4e-5), (x.grad, exact.grad, 2e-4)):
         assert ours.dtype == dtype and ((ours - theirs).abs() <= theirs.abs() * rounding + bound).all()
 
 
@@ -177,8 +198,12 @@ def test_layer_equals_the_papers_equations():
     U = gelu_reference(affine("u", U1 * U2))
     Xo = x + affine("o", U * V)
     ssms = layer.forward_ssm, layer.backward_ssm
-    for kernels in (matrices(ssms, 6, 4), matrices(ssms, 24, 1), matrices(ssms, 21, 1, fft=True)):
-        assert relative_error(layer(Xi, kernels)[0], Xo) < 1e-5
+    for n, c, fft in ((4, 6, False), (1, 24, False), (1, 21, True)):
+        R, padding = torch.randn(1, 21, d), (0, 0, 0, n * c - 21)  # R is what the layer before adds
+        X, R, real = (codessm.in_chunks(torch.nn.functional.pad(x, padding), (n, c))
+                      for x in (Xi - R, R, torch.ones(1, 21, 1)))
+        X, branch = layer(X, R, matrices(ssms, c, n, fft=fft), real > 0)
+        assert relative_error((X + branch).permute(2, 1, 0, 3).reshape(n * c, d)[:21], Xo) < 1e-5
 
 
 def test_a_roformer_layer_equals_its_equations():
@@ -213,13 +238,18 @@ def test_a_roformer_layer_equals_its_equations():
     expected = layer_norm_reference(x + affine("down", gelu_reference(affine("up", x))))
     expected = expected * p["norm2.weight"] + p["norm2.bias"]
     for layer.plain in (False, True):
-        assert relative_error(layer(Xi, encoder.given(Xi)[0])[0], expected) < 1e-5
+        assert relative_error(layer(Xi, None, encoder.given(Xi, L)[0])[0][0], expected) < 1e-5
 
 
 def branches(encoder, ids, lengths):
     """Xo - Xi and Xi of every layer, each (layers, B, L, d)."""
     kept = []
-    hooks = [layer.register_forward_hook(lambda _m, i, o: kept.append((o - i[0], i[0]))) for layer in encoder.layers]
+
+    def keep(_module, given, out):
+        X, branch = (given[0], out[0] - given[0]) if out[1] is None else out
+        kept.append([x if x.ndim == 3 else x.permute(2, 1, 0, 3).flatten(1, 2)[:, :ids.shape[1]] for x in (branch, X)])
+
+    hooks = [layer.register_forward_hook(keep) for layer in encoder.layers]
     with torch.no_grad():
         encoder(ids, lengths)
     for hook in hooks:
