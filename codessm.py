@@ -20,6 +20,7 @@ import itertools
 import json
 import math
 import os
+import re
 import resource
 import signal
 import sys
@@ -62,34 +63,38 @@ class S4D(nn.Module):
 
         A-bar = exp(Delta A)     C-bar = C (A-bar - 1) / A     K[l] = Re sum_n C-bar_n A-bar_n^l
         y = K * u + D u
+
+    Of several `kernels`, each for as many channels as the others, every parameter has a dimension of them in front.
     """
 
-    def __init__(self, N: int = 64):
+    def __init__(self, N: int = 64, kernels: int = 1):
         super().__init__()
-        self.A_re = nn.Parameter(torch.full((N,), -0.5))
-        self.A_im = nn.Parameter(math.pi * torch.arange(N))
-        self.C = nn.Parameter(torch.randn(N, 2) * math.sqrt(0.5))
-        self.D = nn.Parameter(torch.randn(1))
-        self.log_step = nn.Parameter(torch.empty(1).uniform_(math.log(0.01), math.log(1.0)))
+        k = (kernels,) if kernels > 1 else ()
+        self.A_re = nn.Parameter(torch.full((*k, N), -0.5))
+        self.A_im = nn.Parameter((math.pi * torch.arange(N)).expand(*k, N).clone())
+        self.C = nn.Parameter(torch.randn(*k, N, 2) * math.sqrt(0.5))
+        self.D = nn.Parameter(torch.randn(*k, 1))
+        self.log_step = nn.Parameter(torch.empty(*k, 1).uniform_(math.log(0.01), math.log(1.0)))
 
 
 class Kernels(NamedTuple):
-    """A layer's convolutions as matrices, in pairs: the forward one, which is causal, and the backward one.
+    """A layer's convolutions as matrices, k of each direction: those of the forward one first, which are causal.
 
     Where a sequence is a single chunk there is only T, without O; where it is convolved by FFT there is only K.
     """
-    TO: torch.Tensor | None = None  # (2, c, c + 2N): T within a chunk, O out of the state, modes as Re, Im, Re, Im ...
-    E: torch.Tensor | None = None  # (2, 2N, c): into the state
-    W: torch.Tensor | None = None  # (2N, 2, m + 1, 2, m + 1), float32: across m chunks, of each direction and mode
-    K: torch.Tensor | None = None  # (2, L): the kernels, D included
+    TO: torch.Tensor | None = None  # (2k, c, c + 2N): T within a chunk, O out of the state, modes as Re, Im, Re, Im ...
+    E: torch.Tensor | None = None  # (2k, 2N, c): into the state
+    W: torch.Tensor | None = None  # (2k N, 2, m + 1, 2, m + 1), float32: across m chunks, of each kernel and mode
+    K: torch.Tensor | None = None  # (2k, L): the kernels, D included
 
 
 def kernels(A_re: torch.Tensor, A_im: torch.Tensor, C: torch.Tensor, D: torch.Tensor, log_step: torch.Tensor,
-            c: int, n: int, dtype: torch.dtype, fft: bool = False) -> Kernels:
+            c: int, n: int, dtype: torch.dtype, fft: bool = False, causal: bool = False) -> Kernels:
     """The `Kernels` of all layers for n chunks of c tokens, with a dimension of layers in front; TO and E in `dtype`.
 
-    The parameters are those of `S4D`, stacked to (layers, 2, ...). With x + iy = Delta A, l x and l y are formed in
-    float64 and the phase l y is reduced mod 2 pi there: at l = 2,048 a float32 phase is wrong in its second digit.
+    The parameters are those of `S4D`, stacked to (layers, 2k, ...); `causal`, both directions are. With x + iy =
+    Delta A, l x and l y are formed in float64 and the phase l y is reduced mod 2 pi there: at l = 2,048 a float32 phase
+    is wrong in its second digit.
     """
     device, narrow = C.device, C.dtype
     wide = dict(dtype=torch.float64, device="cpu" if device.type == "mps" else device)  # MPS has no float64
@@ -106,14 +111,17 @@ def kernels(A_re: torch.Tensor, A_im: torch.Tensor, C: torch.Tensor, D: torch.Te
                   (C_re * B_im + C_im * B_re).to(device, narrow)[..., None])
 
     def powers(l: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """A-bar^l = exp(l x) (cos l y + i sin l y), (layers, 2, N, len(l))."""
+        """A-bar^l = exp(l x) (cos l y + i sin l y), (layers, 2k, N, len(l))."""
         modulus = torch.exp((x[..., None] * l).to(narrow))
         phase = torch.remainder(y[..., None] * l, 2 * math.pi).to(narrow)
         return (modulus * torch.cos(phase)).to(device), (modulus * torch.sin(phase)).to(device)
 
     def both(forward: torch.Tensor, mirrored: Callable) -> torch.Tensor:
         """The same for the backward direction, mirrored in time."""
-        return torch.stack([forward[:, 0], mirrored(forward[:, 1])], 1)
+        if causal:
+            return forward
+        forward, backward = forward.chunk(2, 1)
+        return torch.cat([forward, mirrored(backward)], 1)
 
     P_re, P_im = powers(torch.arange(c + 1, device=x.device))
     W_re, W_im = C_re * P_re - C_im * P_im, C_re * P_im + C_im * P_re  # C-bar A-bar^l
@@ -153,32 +161,34 @@ class Toeplitz(torch.autograd.Function):
         return rows.as_strided(grad.shape, (*rows.stride()[:-2], 2 * c + 1, 1), 1).sum(-2).flip(-1)
 
 
-def convolve(u: torch.Tensor, kernels: Kernels) -> torch.Tensor:
-    """y = K * u + D u, forwards for u[0] and backwards for u[1]; both (2, c, n, B, d), chunks in order.
+def convolve(u: torch.Tensor, kernels: Kernels, causal: bool = False) -> torch.Tensor:
+    """y = K * u + D u, forwards for u[:k] and backwards (unless `causal`) for u[k:]; both (2k, c, n, B, d / k).
 
     Into the state S = E u, across chunks H' = A-bar^c H + S, out of it and within a chunk y = T u + O H.
     By FFT, which takes the sequence as one chunk, the product with the spectrum of K.
     """
-    _, c, n, B, d = u.shape
+    k, c, n, B, d = u.shape
     if kernels.K is not None:
-        spectrum = torch.fft.rfft(kernels.K, n=2 * c)
-        spectrum = torch.stack([spectrum[0], spectrum[1].conj()])[:, None, None, None]
+        forward, backward = torch.fft.rfft(kernels.K, n=2 * c).chunk(2)
+        spectrum = torch.cat([forward, backward if causal else backward.conj()])[:, None, None, None]
         y = torch.fft.rfft(u.to(kernels.K.dtype).movedim(1, -1), n=2 * c) * spectrum
         return torch.fft.irfft(y, n=2 * c)[..., :c].movedim(-1, 1).to(u.dtype)
     TO, E, W, _ = kernels
-    u = u.reshape(2, c, n * B * d)
+    in_time = (lambda S: S) if causal else backwards_reversed
+    u = u.reshape(k, c, n * B * d)
     if W is not None:
-        S = Product.apply(E, u).view(2, -1, n, B * d)
+        S = Product.apply(E, u).view(k, -1, n, B * d)
         H = in_time(carry(in_time(S).view(len(W), 2, n, B * d), W).view(S.shape))
-        u = torch.cat([u, H.view(2, -1, n * B * d)], 1)
-    return Product.apply(TO, u).view(2, c, n, B, d)
+        u = torch.cat([u, H.view(k, -1, n * B * d)], 1)
+    return Product.apply(TO, u).view(k, c, n, B, d)
 
 
 class Product(torch.autograd.Function):
-    """M u (2, c, m) of M (2, c, k) and u (2, k, m), where m is by far the largest.
+    """M u (k, r, m) of M (k, r, q) and u (k, q, m), where m is by far the largest.
 
-    dM = dy u^T is the sum of products of eight parts of m, float32, as a GPU is not filled by one of so few rows and columns.
+    dM = dy u^T is a sum of eight parts of m, in float32: one product of so few rows and columns would not fill a GPU.
     """
+
     @staticmethod
     def forward(ctx, M: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(M, u)
@@ -193,13 +203,14 @@ class Product(torch.autograd.Function):
         return dM.to(M.dtype), torch.bmm(M.mT, dy)
 
 
-def in_time(S: torch.Tensor) -> torch.Tensor:
-    """The chunks of S (2, 2N, n, ...) in the order in which each direction meets them; its own inverse."""
-    return torch.stack([S[0], S[1].flip(1)])
+def backwards_reversed(S: torch.Tensor) -> torch.Tensor:
+    """The chunks of S (2k, 2N, n, ...) in the order in which each direction meets them; its own inverse."""
+    forward, backward = S.chunk(2)
+    return torch.cat([forward, backward.flip(2)])
 
 
 def carry(S: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
-    """The states before each chunk from each chunk's own contributions S, both (2N, 2, n, ...), in S's dtype.
+    """The states before each chunk from each chunk's own contributions S, both (2k N, 2, n, ...), in S's dtype.
 
     H_k = sum_(j < k) A-bar^(c (k - 1 - j)) S_j, for up to m chunks one product. S of bfloat16 is multiplied by W as the
     sum of two of bfloat16, which has 16 bits, and is summed in float32. More chunks go m at a time, in float32, with
@@ -271,17 +282,30 @@ class Layer(nn.Module):
         Xo = Xi + Wo (U * V)
 
     No flip is carried out: a linear map commutes with it, so the backward path is the same map followed
-    by an anti-causal SSM.
+    by an anti-causal SSM. The variants of the papers:
+
+        kernels   so many S4D kernels a direction, each for d / kernels neighbouring channels
+        causal    both SSMs run forwards
+        fourier   `fourier` in place of the SSMs
+        local     beside each SSM a convolution of so many tokens, added to it; 0 at the start
+        dropout   the share that is dropped of U1 * U2 and of U * V
     """
 
-    def __init__(self, d: int, N: int = 64):
+    def __init__(self, d: int, N: int = 64, kernels: int = 1, causal: bool = False, fourier: bool = False,
+                 local: int = 0, dropout: float = 0):
         super().__init__()
+        self.kernels, self.causal, self.fourier = kernels, causal, fourier
         self.norm = nn.LayerNorm(d, eps=1e-12)
         self.v, self.fb = nn.Linear(d, 3 * d), nn.Linear(d, 2 * d)  # Wf and Wb in one product
-        self.forward_ssm, self.backward_ssm = S4D(N), S4D(N)
+        if not fourier:
+            self.forward_ssm, self.backward_ssm = S4D(N, kernels), S4D(N, kernels)
+        self.local = nn.ModuleList(ShortConvolution(d, local) for _ in range(2)) if local else None
+        for convolution in self.local or ():
+            nn.init.zeros_(convolution.weight)
         self.u1, self.u2 = nn.Linear(d, d), nn.Linear(d, d)
         self.u = nn.Linear(d, 3 * d)
         self.o = nn.Linear(3 * d, d)
+        self.drop = nn.Dropout(dropout) if dropout else nn.Identity()
 
     def forward(self, X: torch.Tensor, R: torch.Tensor, kernels: Kernels,
                 mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -297,10 +321,30 @@ class Layer(nn.Module):
         FB = gelu(self.fb(x))
         if mask is not None:
             FB = FB * mask.reshape(-1, 1)
-        y = convolve(FB.view(c, n, B, 2, d).permute(3, 0, 1, 2, 4), kernels).reshape(2, -1, d)
+        u = FB.view(c, n, B, 2 * self.kernels, -1).permute(3, 0, 1, 2, 4)
+        y = fourier(u) if self.fourier else convolve(u, kernels, self.causal)
+        y = y.unflatten(0, (2, -1)).movedim(1, -2).reshape(2, -1, d)
+        if self.local is not None:
+            forward, backward = FB.view(c, n, B, 2 * d).permute(2, 1, 0, 3).flatten(1, 2).chunk(2, -1)
+            near = self.local[0](forward), self.local[1](backward, backward=not self.causal)
+            y = y + torch.stack([in_chunks(side, (n, c)).view(-1, d) for side in near])
         y = torch.bmm(y, torch.stack([self.u1.weight, self.u2.weight]).mT)
-        U = self.u(Gate.apply(y, torch.stack([self.u1.bias, self.u2.bias])))
-        return X, self.o(gelu(U) * gelu(self.v(x))).view(X.shape)
+        U = self.u(self.drop(Gate.apply(y, torch.stack([self.u1.bias, self.u2.bias]))))
+        return X, self.o(self.drop(gelu(U) * gelu(self.v(x)))).view(X.shape)
+
+    @staticmethod
+    def given(encoder: nn.Module, X: torch.Tensor) -> list[Kernels]:
+        """The `Kernels` of each layer of an encoder for X (c, n, B, d), made for all layers at once."""
+        (c, n), layers = X.shape[:2], encoder.layers
+        if layers[0].fourier:
+            return [Kernels()] * len(layers)
+        ssms = [ssm for layer in layers for ssm in (layer.forward_ssm, layer.backward_ssm)]
+        several = layers[0].kernels > 1  # (then each parameter has a dimension of them, which joins that of directions)
+        stacked = (torch.stack([getattr(ssm, name) for ssm in ssms]).unflatten(0, (-1, 2)).flatten(1, 1 + several)
+                   for name in ("A_re", "A_im", "C", "D", "log_step"))
+        matrices = kernels(*stacked, c, n, compute_dtype(X), encoder.fft, layers[0].causal)
+        return [Kernels(*given) for given in
+                zip(*(itertools.repeat(None) if M is None else M.unbind() for M in matrices))]
 
 
 class Gate(torch.autograd.Function):
@@ -318,26 +362,54 @@ class Gate(torch.autograd.Function):
         return dU.to(y.dtype), dU.sum(1)
 
 
-class RoFormerLayer(nn.Module):
-    """A layer of RoFormer (Su et al. 2021, arXiv 2104.09864), post-norm as in BERT, with heads of 64.
+def fourier(u: torch.Tensor) -> torch.Tensor:
+    """Re(FFT(u)) / sqrt(L) along the sequence, for u[1] with a flip before and after; both (2, L, 1, B, d).
 
-        q_i . k_j after rotation of the pairs (x_e, x_(e + 32)) by the angle i 10000^(-e / 32)    (equation 34)
+    It spans padding too, so the result does depend on how far a batch is padded.
+    """
+    with torch.autocast(u.device.type, enabled=False):
+        wide = u.to(torch.promote_types(u.dtype, torch.float32))
+        wide = torch.stack([wide[0], wide[1].flip(0)])
+        y = torch.fft.fft(wide, dim=1, norm="ortho").real
+        return torch.stack([y[0], y[1].flip(0)]).to(u.dtype)
+
+
+class ShortConvolution(nn.Module):
+    """A depthwise convolution of a few tokens: y[t] = sum_(j < width) w[j] u[t - j] + b, w (width, channels)."""
+
+    def __init__(self, channels: int, width: int):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.empty(width, channels)), nn.Parameter(torch.zeros(channels))
+        nn.init.uniform_(self.weight, -1 / math.sqrt(width), 1 / math.sqrt(width))
+
+    def forward(self, u: torch.Tensor, backward: bool = False) -> torch.Tensor:
+        """y (B, L, channels) of u, in its dtype; `backward`, of u[t + j]. What is beyond the ends counts as 0."""
+        L, width = u.shape[1], len(self.weight)
+        u = pad(u, (0, 0, 0, width - 1) if backward else (0, 0, width - 1, 0))
+        w = self.weight if backward else self.weight.flip(0)
+        return (self.bias + sum(w[j] * u[:, j:j + L] for j in range(width))).to(u.dtype)
+
+
+class TransformerLayer(nn.Module):
+    """A layer of BERT (Devlin et al. 2019; post-norm, as in Vaswani et al. 2017), with heads of 64.
+
         X' = LayerNorm(Xi + Wo softmax(q k^T / 8) v)     Xo = LayerNorm(X' + W2 gelu(W1 X'))
+
+    `rotary`, it is one of RoFormer (Su et al. 2021, arXiv 2104.09864, equation 34): q and k are rotated first. There is
+    no dropout.
     """
     plain = False  # attention with the (L, L) matrices in memory, as the papers' transformers have it
 
-    def __init__(self, d: int, _N: int):
+    def __init__(self, d: int, _N: int = 0, rotary: bool = True):
         super().__init__()
+        self.rotary = rotary
         self.qkv, self.out = nn.Linear(d, 3 * d), nn.Linear(d, d)
         self.up, self.down = nn.Linear(d, 4 * d), nn.Linear(4 * d, d)
         self.norm1, self.norm2 = nn.LayerNorm(d, eps=1e-12), nn.LayerNorm(d, eps=1e-12)
 
-    def forward(self, X: torch.Tensor, _R: None, rotation: torch.Tensor,
-                mask: torch.Tensor | None = None) -> tuple[torch.Tensor, None]:
+    def forward(self, X: torch.Tensor, rotation: torch.Tensor | None, mask: torch.Tensor | None = None) -> torch.Tensor:
         """Xo (B, L, d) of Xi (B, L, d), floating; rotation (2, L, 32) cosines and sines; mask (B, L, 1), bool."""
-        B, L, d = X.shape
-        q, k, v = self.qkv(X).view(B, L, 3, d // 64, 64).permute(2, 0, 3, 1, 4)  # (B, heads, L, 64)
-        q, k = rotate(q, rotation), rotate(k, rotation)
+        q, k, v = heads(self.qkv(X), rotation)
         mask = None if mask is None else mask.mT[:, None]
         if self.plain:
             scores = q @ k.mT / 8
@@ -345,8 +417,25 @@ class RoFormerLayer(nn.Module):
             Y = scores.softmax(-1).to(v.dtype) @ v
         else:
             Y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        X = self.norm1(X + self.out(Y.transpose(1, 2).reshape(B, L, d)))
-        return self.norm2(X + self.down(gelu(self.up(X)))), None
+        X = self.norm1(X + self.out(Y.transpose(1, 2).flatten(2)))
+        return self.norm2(X + self.down(gelu(self.up(X))))
+
+    @staticmethod
+    def given(encoder: nn.Module, X: torch.Tensor) -> list[torch.Tensor | None]:
+        """The rotation, the same for each layer."""
+        return [rotation(X) if encoder.layers[0].rotary else None] * len(encoder.layers)
+
+
+def heads(qkv: torch.Tensor, rotation: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q, k and v (B, heads, L, 64) of their projections (B, L, 3 x 64 heads), q and k rotated."""
+    q, k, v = qkv.unflatten(-1, (3, -1, 64)).permute(2, 0, 3, 1, 4)
+    return (q, k, v) if rotation is None else (rotate(q, rotation), rotate(k, rotation), v)
+
+
+def rotation(X: torch.Tensor) -> torch.Tensor:
+    """(2, L, 32): cosines and sines of the angles i 10000^(-e / 32) of the pairs (x_e, x_(e + 32)) at position i."""
+    angle = torch.arange(X.shape[1], device=X.device)[:, None] * 10_000 ** (-torch.arange(32, device=X.device) / 32)
+    return torch.stack([angle.cos(), angle.sin()])
 
 
 def rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
@@ -356,7 +445,152 @@ def rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)
 
 
-MODELS = {"codessm": Layer, "rocoder": RoFormerLayer}
+class ZambaLayer(nn.Module):
+    """A Mamba-2 layer (Dao and Gu 2024, arXiv 2405.21060, section 7), in Zamba2 (arXiv 2411.15242); causal.
+
+        X  = RMSNorm(Xi)     z, u, dt = Win X  (2d, 2d + 2N, heads)     dt = softplus(dt + bias)
+        x, B, C = silu(conv4(u))  (2d, N, N)     y = SSD(x, dt, A, B, C) + D x     A = -exp(A_log), a number a head
+        Xo = Xi + Wout RMSNorm(y * silu(z))
+
+    A layer with an `adapter` calls one of the shared blocks first: X = RMSNorm(Xi + W block(Xi)). As padding is on
+    the right, nothing needs the mask.
+    """
+    CHUNK = 64
+
+    def __init__(self, d: int, N: int = 64):
+        super().__init__()
+        H = 2 * d // 64
+        self.widths, self.state = [2 * d, 2 * d + 2 * N, H], [2 * d, N, N]
+        self.norm, self.gated_norm = nn.RMSNorm(d, eps=1e-5), nn.RMSNorm(2 * d, eps=1e-5)
+        self.into, self.out = nn.Linear(d, sum(self.widths), bias=False), nn.Linear(2 * d, d, bias=False)
+        self.convolution = ShortConvolution(2 * d + 2 * N, 4)
+        self.A_log = nn.Parameter(torch.empty(H).uniform_(1, 16).log())
+        step = torch.empty(H).uniform_(math.log(1e-3), math.log(0.1)).exp()
+        self.dt_bias = nn.Parameter(step + torch.log(-torch.expm1(-step)))  # softplus of it is the step
+        self.D = nn.Parameter(torch.ones(H))
+        self.adapter = self.linear = None
+
+    @staticmethod
+    def share(layers: nn.ModuleList, d: int) -> nn.ModuleList:
+        """Gives every third layer its own adapter, of rank d / 8, and linear map; returns the blocks they share.
+
+        These are two, used alternately, or one where there are fewer than four such layers.
+        """
+        for layer in layers[2::3]:
+            layer.adapter = nn.Sequential(nn.Linear(d, d // 8, bias=False), nn.Linear(d // 8, 8 * d, bias=False))
+            layer.linear = nn.Linear(d, d, bias=False)
+        return nn.ModuleList(SharedBlock(d) for _ in range(2 if len(layers) >= 12 else 1))
+
+    @staticmethod
+    def given(encoder: nn.Module, X: torch.Tensor) -> list[tuple | None]:
+        """For a layer that calls a shared block the embedding, the rotation and that block."""
+        angles, blocks = rotation(X), itertools.cycle(encoder.shared)
+        return [None if layer.adapter is None else (X, angles, next(blocks)) for layer in encoder.layers]
+
+    def forward(self, X: torch.Tensor, given: tuple | None, _mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Xo (B, L, d) of Xi (B, L, d), floating."""
+        x = X
+        if given is not None:
+            embedding, rotation, block = given
+            x = X + self.linear(block(X, embedding, rotation, self.adapter))
+        z, u, dt = self.into(self.norm(x)).split(self.widths, -1)
+        x, B, C = nn.functional.silu(self.convolution(u)).split(self.state, -1)
+        x = x.unflatten(-1, (-1, 64))  # (B, L, heads, 64)
+        dt = nn.functional.softplus(dt.to(self.dt_bias.dtype) + self.dt_bias)  # (B, L, heads), float32
+        y = ssd((x * dt[..., None]).to(x.dtype), -self.A_log.exp() * dt, B, C, self.CHUNK)
+        y = (y + self.D[:, None] * x).flatten(2) * nn.functional.silu(z)
+        return X + self.out(self.gated_norm(y.to(X.dtype)))
+
+
+class SharedBlock(nn.Module):
+    """The attention and MLP that layers of Zamba2 share (arXiv 2411.15242, section II), on X beside the embedding.
+
+        X' = RMSNorm([X, embedding])  (2d)     Y = RMSNorm(Wo softmax(q k^T / sqrt(32)) v)  (d), rotary and causal
+        g, u = Wup Y + adapter(Y)  (4d, 4d)    Wdown (gelu(g) * u)  (d)
+    """
+
+    def __init__(self, d: int):
+        super().__init__()
+        self.norm1, self.norm2 = nn.RMSNorm(2 * d, eps=1e-5), nn.RMSNorm(d, eps=1e-5)
+        self.qkv, self.out = nn.Linear(2 * d, 6 * d, bias=False), nn.Linear(2 * d, d, bias=False)
+        self.up, self.down = nn.Linear(d, 8 * d, bias=False), nn.Linear(4 * d, d, bias=False)
+
+    def forward(self, X: torch.Tensor, embedding: torch.Tensor, rotation: torch.Tensor,
+                adapter: nn.Module) -> torch.Tensor:
+        """(B, L, d) of X and the embedding, both (B, L, d)."""
+        q, k, v = heads(self.qkv(self.norm1(torch.cat([X, embedding], -1))), rotation)
+        Y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=32 ** -0.5)
+        Y = self.norm2(self.out(Y.transpose(1, 2).flatten(2)).to(X.dtype))
+        gate, up = (self.up(Y) + adapter(Y)).chunk(2, -1)
+        return self.down(gelu(gate) * up)
+
+
+def ssd(x: torch.Tensor, a: torch.Tensor, B: torch.Tensor, C: torch.Tensor, c: int) -> torch.Tensor:
+    """The state-space dual form (Dao and Gu 2024, section 6) of the recurrence of each head
+
+        h_t = exp(a_t) h_(t - 1) + B_t x_t^T  (N, P)     y_t = h_t^T C_t
+
+    as matrix products over chunks of c tokens. x and y (b, L, H, P), a (b, L, H) float32, B and C (b, L, N).
+    Decays and sums of states stay in a's dtype; the cost is linear in L.
+    """
+    b, L, H, P = x.shape
+    c = min(c, L)
+    n = -(-L // c)
+    x, a, B, C = (pad(t, (0, 0) * (t.ndim - 2) + (0, n * c - L)).unflatten(1, (n, c)) for t in (x, a, B, C))
+    total = a.cumsum(2)  # (b, n, c, H): of the logarithms of the decays since the chunk began
+    within = (C @ B.mT)[:, :, None] * decays(total.movedim(-1, 2))  # (b, n, H, c, c)
+    y = (within.to(x.dtype) @ x.transpose(2, 3)).transpose(2, 3)
+    if n > 1:
+        last = total[:, :, -1]
+        S = B.mT @ (x * (last[:, :, None] - total).exp()[..., None]).to(x.dtype).flatten(3)  # (b, n, N, H P)
+        before = states(S.unflatten(-1, (H, P)).to(a.dtype), last)
+        y = y + (C @ before.to(C.dtype).flatten(3)).unflatten(-1, (H, P)) * total.exp()[..., None]
+    return y.flatten(1, 2)[:, :L]
+
+
+def decays(total: torch.Tensor) -> torch.Tensor:
+    """exp(total_i - total_j) at row i and column j <= i, 0 above: (..., c, c) of (..., c)."""
+    c = total.shape[-1]
+    above = torch.ones(c, c, dtype=torch.bool, device=total.device).triu(1)
+    return (total[..., :, None] - total[..., None, :]).masked_fill(above, -math.inf).exp()
+
+
+def states(S: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+    """The states before each chunk of their own contributions S, both (b, n, N, H, P); a (b, n, H), log decays.
+
+    H_(k + 1) = exp(a_k) H_k + S_k, for up to `GROUP` chunks one product, so the cost is linear in n.
+    """
+    H, found = torch.zeros_like(S[:, :1]), []
+    with torch.autocast(S.device.type, enabled=False):
+        for S, a in zip(S.split(GROUP, 1), a.split(GROUP, 1)):
+            D = decays(pad(a, (0, 0, 1, 0)).cumsum(1).mT)  # (b, H, m + 1, m + 1)
+            H = torch.einsum("bhij,bjnhp->binhp", D, torch.cat([H, S], 1))
+            found.append(H[:, :-1])
+            H = H[:, -1:]
+    return torch.cat(found, 1)
+
+
+class Model(NamedTuple):
+    """A model that `--model` names."""
+    layer: type
+    kernels: int = 0  # S4D kernels a direction, unless others are asked for; 0, it has none
+    options: dict = {}  # of the layer
+    positions: bool = False  # learned, absolute
+    more: int = 0  # layers than the size has
+
+
+MODELS = {
+    "codessm": Model(Layer, 1),
+    "codessm-pos": Model(Layer, 1, positions=True),
+    "codessm-do": Model(Layer, 1, dict(dropout=0.1)),
+    "codessm-uni": Model(Layer, 1, dict(causal=True)),
+    "codef": Model(Layer, 0, dict(fourier=True)),
+    "codessm-8k": Model(Layer, 8),
+    "codessm-hf": Model(Layer, 1, dict(local=3)),
+    "bertcoder": Model(TransformerLayer, options=dict(rotary=False), positions=True),
+    "rocoder": Model(TransformerLayer),
+    "zamba": Model(ZambaLayer, more=2),
+}
 CHUNK = {"cuda": 512}  # the longest c there; elsewhere 256
 GROUP = 64  # m, chunks
 
@@ -367,59 +601,77 @@ def compute_dtype(X: torch.Tensor) -> torch.dtype:
 
 
 def in_chunks(X: torch.Tensor, chunks: tuple[int, int]) -> torch.Tensor:
-    """(c, n, B, d) of X (B, n c, d), chunks being (n, c)."""
-    return X.unflatten(1, chunks).permute(2, 1, 0, 3).contiguous()
+    """(c, n, B, d) of X (B, L, d), filled up with zeros where L < n c, chunks being (n, c)."""
+    return pad(X, (0, 0, 0, math.prod(chunks) - X.shape[1])).unflatten(1, chunks).permute(2, 1, 0, 3).contiguous()
 
 
 class Encoder(nn.Module):
-    """Token embedding, LayerNorm, and the layers; nothing after the last one, as in BiGS.
+    """Token embedding (of some models with positions), LayerNorm, and the layers; nothing after the last, as in BiGS.
 
     Args:
         vocab: number of token ids.
-        d, layers, N: width, number of layers, complex modes of a kernel.
-        model: whose layers, one of `MODELS`.
+        d, layers, N: width, number of layers (zamba has two more), complex modes of a kernel (of zamba its state).
+        model: one of `MODELS`.
+        kernels: S4D kernels a direction, a divisor of d; None, as many as the model has.
+        ctx: the longest sample, of a model with learned positions; the others have no bound.
     Linear maps start at N(0, 0.64 / sqrt(d)) (BiGS's 0.02 at d = 1,024), embeddings at N(0, 0.02).
-    `config` holds the arguments; `Encoder(**config)` is the same shape again.
+    `config` holds the arguments; `Encoder(**config)` is the same shape again. Raises ValueError where they do not fit.
     """
     chunk: int | None = None  # the longest c, if not the device's
     fft = False  # convolve by FFT, for comparison
 
-    def __init__(self, vocab: int, d: int, layers: int, N: int = 64, model: str = "codessm"):
+    def __init__(self, vocab: int, d: int, layers: int, N: int = 64, model: str = "codessm",
+                 kernels: int | None = None, ctx: int | None = None):
         super().__init__()
-        self.config = dict(vocab=vocab, d=d, layers=layers, N=N, model=model)
+        kind = MODELS[model]
+        self.bound = ctx if kind.positions else None
+        kernels = count_kernels(model, d, kernels)
+        if kind.positions and not ctx:
+            raise ValueError(f"{model} has learned positions: ctx says how many")
+        self.config = dict(vocab=vocab, d=d, layers=layers, N=N, model=model, kernels=kernels, ctx=self.bound)
         self.embedding = nn.Embedding(vocab, d)
+        self.positions = nn.Embedding(ctx, d) if kind.positions else None
         self.norm = nn.LayerNorm(d, eps=1e-12)
-        self.layers = nn.ModuleList(MODELS[model](d, N) for _ in range(layers))
-        nn.init.normal_(self.embedding.weight, std=0.02)
+        options = kind.options | (dict(kernels=kernels) if kernels else {})
+        self.layers = nn.ModuleList(kind.layer(d, N, **options) for _ in range(layers + kind.more))
+        self.shared = ZambaLayer.share(self.layers, d) if kind.layer is ZambaLayer else None
         for module in self.modules():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+            elif isinstance(module, nn.Linear):
                 tasks.initialise(module, d)
 
     def forward(self, ids: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
         """Hidden states (B, L, d), float32, of token ids (B, L), int32 or int64, right-padded.
 
         `lengths` (B,) counts the real tokens of each row; without it every token is real. What stands
-        at padding is unspecified, and no real position depends on it.
+        at padding is unspecified, and no real position depends on it (but of codef, whose DFT spans it). Raises
+        `data.Problem` where L is beyond learned positions.
         """
-        L, device, mask, R = ids.shape[1], ids.device, None, None
-        chunks = self.chunks(L, device)
-        if chunks and math.prod(chunks) > L:
-            lengths = ids.new_full(ids.shape[:1], L) if lengths is None else lengths
-            ids = pad(ids, (0, math.prod(chunks) - L))
+        mask, L = None, ids.shape[1]
+        if self.bound and L > self.bound:
+            raise Problem(f"{self.config['model']} has learned positions for {self.bound} tokens and cannot read {L}")
+        chunks = self.chunks(L, ids.device)
+        if lengths is None and chunks and math.prod(chunks) > L:
+            lengths = ids.new_full(ids.shape[:1], L)
         if lengths is not None:  # a row without any would leave attention nothing to attend to
-            mask = (torch.arange(ids.shape[1], device=device) < lengths[:, None].clamp(min=1))[..., None]
+            mask = (torch.arange(L, device=ids.device) < lengths[:, None].clamp(min=1))[..., None]
         X = self.embed(ids, chunks)
-        if chunks:
-            # (a layer without gradients for it would be compiled apart from the others)
-            R = X.new_zeros(X.shape, dtype=compute_dtype(X)).requires_grad_(X.requires_grad)
-            mask = None if mask is None else in_chunks(mask, chunks)
-        for layer, given in zip(self.layers, self.given(X, L)):
+        if not chunks:
+            for layer, given in zip(self.layers, self.given(X)):
+                X = layer(X, given, mask)
+            return X
+        mask = None if mask is None else in_chunks(mask, chunks)
+        # (a layer without gradients for it would be compiled apart from the others)
+        R = X.new_zeros(X.shape, dtype=compute_dtype(X)).requires_grad_(X.requires_grad)
+        for layer, given in zip(self.layers, self.given(X)):
             X, R = layer(X, R, given, mask)
-        return X if R is None else self.finish(X, R)[:, :L]
+        return self.finish(X, R)[:, :L]
 
     def embed(self, ids: torch.Tensor, chunks: tuple[int, int] | None = None) -> torch.Tensor:
         """The input of the first layer, float32, of ids (B, L): (B, L, d), or in `chunks` (c, n, B, d)."""
-        X = self.norm(self.embedding(ids))
+        X = self.embedding(ids)
+        X = self.norm(X if self.positions is None else X + self.positions.weight[:ids.shape[1]])
         return in_chunks(X, chunks) if chunks else X
 
     def finish(self, X: torch.Tensor, R: torch.Tensor) -> torch.Tensor:
@@ -427,27 +679,17 @@ class Encoder(nn.Module):
         return (X + R).permute(2, 1, 0, 3).flatten(1, 2)
 
     def chunks(self, L: int, device: torch.device) -> tuple[int, int] | None:
-        """(n, c), the chunks in which L tokens are convolved; None of layers that do not convolve."""
-        if self.config["model"] == "rocoder":
+        """(n, c), the chunks in which L tokens are convolved; None of layers that do not convolve so."""
+        if not isinstance(self.layers[0], Layer):
             return None
-        if self.fft:
+        if self.fft or self.layers[0].fourier:
             return 1, L
         n = -(-L // (self.chunk or CHUNK.get(device.type, 256)))
         return n, -(-L // (8 * n)) * 8  # the matrix units want multiples of 8
 
-    def given(self, X: torch.Tensor, L: int) -> Iterable[Kernels | torch.Tensor]:
-        """What each layer needs beside X, (c, n, B, d) or (B, L, d): made for all layers at once."""
-        if self.config["model"] == "rocoder":
-            angle = torch.arange(L, device=X.device)[:, None] * 10_000 ** (-torch.arange(32, device=X.device) / 32)
-            return [torch.stack([angle.cos(), angle.sin()])] * len(self.layers)
-        c, n = X.shape[:2]
-        dtype = compute_dtype(X)
-        ssms = [ssm for layer in self.layers for ssm in (layer.forward_ssm, layer.backward_ssm)]
-        stacked = (torch.stack([getattr(ssm, name) for ssm in ssms]).unflatten(0, (-1, 2))
-                   for name in ("A_re", "A_im", "C", "D", "log_step"))
-        matrices = kernels(*stacked, c, n, dtype, self.fft)
-        return [Kernels(*given) for given in
-                zip(*(itertools.repeat(None) if M is None else M.unbind() for M in matrices))]
+    def given(self, X: torch.Tensor) -> list:
+        """What each layer needs beside X, by its own account."""
+        return type(self.layers[0]).given(self, X)
 
     def compile_parts(self) -> None:
         """Compile the layers, which share their code and so one compilation a shape, and the embedding.
@@ -457,6 +699,17 @@ class Encoder(nn.Module):
         for layer in self.layers:
             layer.compile(dynamic=False, fullgraph=True)
         self.embed, self.finish = (torch.compile(f, dynamic=False, fullgraph=True) for f in (self.embed, self.finish))
+
+
+def count_kernels(model: str, d: int, kernels: int | None) -> int:
+    """S4D kernels a direction of a model of width d, 0 if it has none, `kernels` being asked for; raises ValueError."""
+    if kernels and not MODELS[model].kernels:
+        raise ValueError(f"{model} has no S4D kernels, which are those of "
+                         f"{', '.join(name for name in MODELS if MODELS[name].kernels)}")
+    kernels = kernels or MODELS[model].kernels
+    if kernels and d % kernels:
+        raise ValueError(f"{kernels} cannot share {d} channels equally: give a divisor of {d}")
+    return kernels
 
 
 def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> nn.Module:
@@ -478,6 +731,118 @@ def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> nn.Modu
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
         raise Problem(f"{path}: its weights do not fit its configuration, so it is no whole checkpoint") from None
     return model.to(device).eval()
+
+
+BIGS = {"LayerNorm": "norm", "dv": "v", "duc_forward": "u1", "duc_backward": "u2", "dol": "u", "do": "o"}
+BIGS_LAYER = {f"{theirs}.{kind}": f"{ours}.{kind}" for theirs, ours in BIGS.items() for kind in ("weight", "bias")} | {
+    f"{theirs}.{name}": f"{ours}.{name.split('.')[-1]}" for theirs, ours in (("fs4", "forward_ssm"),
+                                                                            ("bs4", "backward_ssm"))
+    for name in ("D", "kernel.C", "kernel.log_step", "kernel.A_re", "kernel.A_im")}
+BIGS_REST = {
+    "bigs.embeddings.word_embeddings.weight": "encoder.embedding.weight",
+    "bigs.embeddings.position_embeddings.weight": "encoder.positions.weight",
+    "bigs.embeddings.LayerNorm.weight": "encoder.norm.weight", "bigs.embeddings.LayerNorm.bias": "encoder.norm.bias",
+    "cls.predictions.transform.dense.weight": "dense.weight", "cls.predictions.transform.dense.bias": "dense.bias",
+    "cls.predictions.transform.LayerNorm.weight": "norm.weight",
+    "cls.predictions.transform.LayerNorm.bias": "norm.bias", "cls.predictions.bias": "bias"}
+# heads and embeddings that ours has not; the decoder is the embedding, and its bias is named above
+BIGS_OTHER = re.compile(r"bigs\.embeddings\.(token_type_embeddings\.weight|position_ids|token_type_ids)|"
+                        r"bigs\.pooler\..*|cls\.predictions\.decoder\.(weight|bias)|(classifier|qa_outputs)\..*")
+VOCABULARY = ("encoder.embedding.weight", "bias")  # the weights that belong to a tokenizer
+
+
+class Weights:
+    """The weights of a codessm checkpoint or of a BiGS PyTorch state dict, to start another model from.
+
+    BiGS names its tensors as the reference implementation of arXiv 2212.10544 does; the dict may lie under
+    "state_dict" or "model". Raises `data.Problem` where the file is neither, or holds a tensor of another name.
+    """
+
+    def __init__(self, path: str):
+        self.path, self.mark, self.tokenizer, self.others = path, data.open_source(path).mark, None, []
+        content = tasks.unpickle(path)
+        if isinstance(content, dict) and content.get("format") == tasks.FORMAT:
+            model = load(path)
+            self.config, self.tokenizer = model.encoder.config, model.tokenizer
+            self.theirs = {name: [(name, weight)] for name, weight in model.state_dict().items()}
+            return
+        for key in ("state_dict", "model"):
+            if isinstance(content, dict) and isinstance(content.get(key), dict):
+                content = content[key]
+        if not isinstance(content, dict) or not any(isinstance(name, str) and ".fs4." in name for name in content):
+            raise Problem(f"--init {path} is neither a codessm checkpoint nor a BiGS state dict, or not a whole one")
+        self.config, self.theirs, unknown = None, {}, []
+        for name, tensor in content.items():
+            name = str(name)
+            found = re.fullmatch(r"bigs\.encoder\.layer\.(\d+)\.(.+)", name)
+            layer, rest = (f"encoder.layers.{found[1]}.", found[2]) if found else ("", name)
+            fused = re.fullmatch(r"du_(?:forward|backward)\.(weight|bias)", rest) if found else None
+            if not isinstance(tensor, torch.Tensor):
+                unknown.append(name)
+            elif fused:  # Wf before Wb
+                parts = self.theirs.setdefault(f"{layer}fb.{fused[1]}", [])
+                parts.insert(len(parts) if "backward" in rest else 0, (name, tensor))
+            elif rest in (BIGS_LAYER if found else BIGS_REST):
+                self.theirs[layer + (BIGS_LAYER if found else BIGS_REST)[rest]] = [(name, tensor)]
+            elif BIGS_OTHER.fullmatch(name):
+                self.others.append(name)
+            else:
+                unknown.append(name)
+        if unknown:
+            raise Problem(f"--init {path} has tensors that BiGS has not: {data.listed(unknown, 8)}")
+
+    def fill(self, task: nn.Module) -> str:
+        """Copies into a task what fits it; what was taken and what stayed random, for people. Raises `Problem`.
+
+        Of a file with more layers the first are taken, embeddings if the vocabulary is the same, positions as many as
+        both have, and one S4D kernel serves for each of several.
+        """
+        config, ours, theirs = task.encoder.config, task.state_dict(), self.config or dict(model="codessm")
+        if MODELS[config["model"]].layer is not MODELS[theirs["model"]].layer:
+            raise Problem(f"--init {self.path} is a {theirs['model'] if self.config else 'BiGS'}, whose layers are not "
+                          f"those of {config['model']}")
+        taken, misfits, foreign, few = [], [], False, ""
+        for name in self.theirs.keys() & ours.keys():
+            names, tensors = zip(*self.theirs[name])
+            target = ours[name]  # the task's own memory
+            if name in VOCABULARY and (self.tokenizer.text != task.tokenizer.text if self.tokenizer
+                                       else tensors[0].shape[:1] != target.shape[:1]):
+                foreign = True
+                continue
+            try:
+                tensor = torch.cat(tensors)
+                if name == "encoder.positions.weight":
+                    few = f" (of positions the first {len(tensor)})" if len(tensor) < len(target) else ""
+                    tensor, target = tensor[:len(target)], target[:len(tensor)]
+                if target.shape not in (tensor.shape, (target.shape[0], *tensor.shape) if "_ssm." in name else None):
+                    raise ValueError
+                target.copy_(tensor)
+                taken.append(name)
+            except (ValueError, RuntimeError):
+                misfits += [f"{name} {tuple(tensor.shape)}" for name, tensor in zip(names, tensors)]
+        origin = "{model}, {layers} x {d}".format(**theirs) if self.config else "BiGS"
+        if misfits:
+            raise Problem(f"--init {self.path} ({origin}) does not fit {config['model']}, {config['layers']} x "
+                          f"{config['d']}: {data.listed(sorted(misfits), 4)}")
+        left = [name for ours, parts in self.theirs.items() if ours not in taken for name, _ in parts] + self.others
+        self.theirs = {}  # and their memory
+        return (f"{self.path} ({origin}): taken {collapsed(taken)}{few}; "
+                f"random {collapsed(ours.keys() - set(taken))}{' (another vocabulary)' * foreign}; "
+                f"not taken {collapsed(left)}")
+
+
+def collapsed(names: Iterable[str]) -> str:
+    """The names of tensors, with the layers whose names are alike drawn together."""
+    layers: dict[str, list[str]] = {}
+    rest, alike = [], {}
+    for name in sorted(names):
+        found = re.fullmatch(r"(?:bigs\.)?encoder\.layers?\.(\d+)\.(.+)", name)
+        layers.setdefault(int(found[1]), []).append(found[2]) if found else rest.append(name)
+    for number, parts in sorted(layers.items()):
+        alike.setdefault(tuple(parts), []).append(number)
+    drawn = [f"layers {numbers[0]}-{numbers[-1]}" + f" ({', '.join(parts)})" * (len(parts) <= 8)
+             for parts, numbers in alike.items()]
+    return ", ".join(drawn + rest) or "nothing"
 
 
 # ---- the command line -------------------------------------------------------------------------------
@@ -558,7 +923,11 @@ OPTIONS = {
     "--size": dict(type=click.Choice(list(SIZES)),
                    help="12 layers of width 1024, 6 of 512, 4 of 128.  [default: base]"),
     "--model": dict(type=click.Choice(list(MODELS)), default="codessm", show_default=True,
-                    help="codessm, or the transformer that it is compared with."),
+                    help="codessm, a variant of it, or a model that it is compared with; the README tells them."),
+    "--kernels": dict(type=click.IntRange(1), metavar="N",
+                      help="S4D kernels a direction, each for its share of the channels.  [default: 1; codessm-8k: 8]"),
+    "--init": dict(metavar="FILE", help="Start from the weights of a codessm checkpoint (with its tokenizer, unless "
+                                        "another is asked for) or of a BiGS PyTorch state dict."),
     "--tokenizer": dict(metavar="FILE", help="A Hugging Face tokenizer.json.  [default: train one on the data]"),
     "--vocab": dict(type=click.IntRange(1, 10_000_000),
                     help="Entries of a trained tokenizer.  [default: 32100; tiny: 4096]"),
@@ -599,8 +968,12 @@ def options(names: str, **changes: dict | str) -> Callable:
     return decorate
 
 
-def check_training(steps, epochs, vocab, tokenizer_path, lr) -> None:
+def check_training(steps, epochs, vocab, tokenizer_path, lr, model, size, kernels) -> None:
     """What the options of `pretrain` and `finetune` exclude."""
+    try:
+        count_kernels(model or "codessm", SIZES[size or "base"]["d"], kernels)
+    except ValueError as error:
+        raise click.UsageError(f"--kernels: {error}") from None
     if steps and epochs:
         raise click.UsageError("give --steps or --epochs, not both")
     if vocab and tokenizer_path:
@@ -614,6 +987,31 @@ def check_training(steps, epochs, vocab, tokenizer_path, lr) -> None:
 def default_learning_rate(d: int, pretrained: bool = False) -> float:
     """The peak one; 5e-5 is the papers' for fine-tuning."""
     return 2e-3 if d <= SIZES["tiny"]["d"] else 5e-5 if pretrained else 3e-4
+
+
+def check_output(output_path: str, option: str, path: str | None) -> None:
+    """A run must not write over what it reads."""
+    if path is not None and os.path.realpath(path) in map(os.path.realpath, (output_path, f"{output_path}.state")):
+        raise Problem(f"-o {output_path} would replace what {option} {path} is read from: give another -o")
+
+
+def choose_tokenizer(path: str | None, vocab: int | None, source: Weights | None) -> Tokenizer | None:
+    """The one of --tokenizer, else that of --init, unless --vocab asks for another; None, it is to be trained."""
+    if path is not None:
+        return data.load_tokenizer(path)
+    return source.tokenizer if source and not vocab else None
+
+
+def bounded(ctx: int | None, default: int, encoder: nn.Module | None, path: str) -> int:
+    """--ctx, else the default, that the encoder's learned positions allow; raises `Problem` where it asks for more."""
+    bound = encoder.bound if encoder else None
+    if bound is None or (ctx or default) <= bound:
+        return ctx or default
+    model = encoder.config["model"]
+    if ctx:
+        raise Problem(f"--ctx {ctx} is more than {path} can read: {model} has learned positions for {bound} tokens")
+    say(f"ctx {bound} rather than {default}: {path} is a {model}, which has learned positions for no more")
+    return bound
 
 
 def default_workers(workers: int | None) -> int:
@@ -631,7 +1029,9 @@ def describe_training(task: nn.Module, size: str, device: torch.device, compiled
                       eval_every: int) -> None:
     """The settings that all training has."""
     parameters = sum(p.numel() for p in task.parameters())
-    describe(model=f"{task.encoder.config['model']} {size}, {parameters:,} parameters, on {device} in "
+    several = task.encoder.config["kernels"]
+    kernels = f", {several} kernels a direction" * (several > 1)
+    describe(model=f"{task.encoder.config['model']} {size}{kernels}, {parameters:,} parameters, on {device} in "
                    f"{'bfloat16' if tasks.bf16(device) else 'float32'}{', compiled' * compiled}",
              training=f"{steps:,} steps of {batch} samples ({epochs:.1f} epochs), peak learning rate {lr:g} after "
                       f"{tasks.warmup(steps):,} steps, {decay}, weight decay {tasks.WEIGHT_DECAY:g}, seed {seed}, "
@@ -656,32 +1056,36 @@ def shown(metrics: dict[str, float], first: str | None = None) -> str:
 
 @cli.command(epilog="Example: codessm pretrain corpus.jsonl --ctx 256 --steps 10000 -o model.pt")
 @click.argument("corpus", nargs=-1)
-@options("--ctx --model --size --tokenizer --vocab --steps --epochs --batch --accumulate --lr --eval-every --limit "
-         "--code-field --text-field --skip-bad --seed -o --restart --device --compile/--no-compile --workers --json",
+@options("--ctx --model --kernels --size --init --tokenizer --vocab --steps --epochs --batch --accumulate --lr "
+         "--eval-every --limit --code-field --text-field --skip-bad --seed -o --restart --device "
+         "--compile/--no-compile --workers --json",
          ctx=dict(default=256, show_default=True, help="Tokens a sample, special ones included."),
          size=dict(default="base"), epochs="Passes over the corpus.  [default: 1]",
-         lr="Peak learning rate.  [default: 3e-4; tiny: 2e-3]",
+         lr="Peak learning rate.  [default: 3e-4, with --init 5e-5; tiny: 2e-3]",
          eval_every="Steps between evaluations.  [default: a tenth of all]",
          o=dict(default="model.pt", show_default=True, help="The checkpoint to write."))
-def pretrain(corpus, ctx, model, size, tokenizer_path, vocab, steps, epochs, batch, accumulate, lr, eval_every, limit,
-             code_field, text_field, skip_bad, seed, output_path, restart, device, compiled, workers, as_json):
+def pretrain(corpus, ctx, model, kernels, size, init, tokenizer_path, vocab, steps, epochs, batch, accumulate, lr,
+             eval_every, limit, code_field, text_field, skip_bad, seed, output_path, restart, device, compiled, workers,
+             as_json):
     """Pretrain an encoder by masked language modelling on CORPUS.
 
     CORPUS: JSONL files, plain or .gz, folders, globs, or - for standard input; without any, the Python
     standard library. The same command run again goes on where an interrupted one was.
     """
-    check_training(steps, epochs, vocab, tokenizer_path, lr)
+    check_training(steps, epochs, vocab, tokenizer_path, lr, model, size, kernels)
     if steps is None and epochs is None:
         epochs = 1
-    lr = lr or default_learning_rate(SIZES[size]["d"])
+    lr = lr or default_learning_rate(SIZES[size]["d"], init is not None)
+    check_output(output_path, "--init", init)
     started, device, workers = time.monotonic(), choose_device(device), default_workers(workers)
     with tasks.Output(output_path, restart) as output:
-        given = data.load_tokenizer(tokenizer_path) if tokenizer_path is not None else None
+        source = Weights(init) if init is not None else None
+        given = choose_tokenizer(tokenizer_path, vocab, source)
         sources = data.find_sources(corpus) if corpus else [data.standard_library()]
         settings = dict(
             corpus={source.name: source.mark for source in sources}, limit=limit, code_field=code_field,
-            text_field=text_field, skip_bad=skip_bad, ctx=ctx, model=model, size=size,
-            tokenizer=zlib.crc32(given.text.encode()) if given else None,
+            text_field=text_field, skip_bad=skip_bad, ctx=ctx, model=model, kernels=kernels, size=size,
+            init=source and source.mark, tokenizer=zlib.crc32(given.text.encode()) if given else None,
             vocab=given.vocab if given else vocab or (4096 if size == "tiny" else 32100),
             steps=steps, epochs=epochs, batch=batch, accumulate=accumulate, lr=lr, eval_every=eval_every, seed=seed)
         state = output.resume(settings)
@@ -705,7 +1109,9 @@ def pretrain(corpus, ctx, model, size, tokenizer_path, vocab, steps, epochs, bat
         eval_every = eval_every or -(-steps // 10)
 
         torch.manual_seed(seed)
-        task = MLM(Encoder(tokenizer.vocab, **SIZES[size], model=model), tokenizer, seed).to(device)
+        task = MLM(Encoder(tokenizer.vocab, **SIZES[size], model=model, kernels=kernels, ctx=ctx), tokenizer, seed)
+        taken = {"init": source.fill(task)} if source and not state else {}
+        task = task.to(device)
         compiled = tasks.compile_parts(task, compiled, tasks.pays(batches, steps))
         if not any(task.prepare(batch)[1] for batch in held_out.stream(stop=len(held_out))):
             raise Problem(f"nothing to predict in the {len(held_out.records)} records held out: give a larger corpus")
@@ -714,7 +1120,7 @@ def pretrain(corpus, ctx, model, size, tokenizer_path, vocab, steps, epochs, bat
                    f"{len(records.held_out):,} of them held out, {len(held_out.records):,} for evaluation"
                    + (f"; {records.bad:,} bad lines passed over" if records.bad else ""),
             tokenizer=f"{tokenizer.vocab:,} entries, {'given' if given else 'trained on the corpus'}",
-            samples=f"ctx {ctx}, padded to {', '.join(map(str, lengths))}; {workers} processes tokenise ahead")
+            samples=f"ctx {ctx}, padded to {', '.join(map(str, lengths))}; {workers} processes tokenise ahead", **taken)
         describe_training(task, size, device, compiled, output_path, steps, steps / len(batches), "cosine",
                           batch=batch, lr=lr, seed=seed, accumulate=accumulate, eval_every=eval_every)
         metrics = tasks.train(task, batches, held_out, output, state,
@@ -759,18 +1165,20 @@ def describe_encoding(split: data.Split) -> str:
 
 @cli.command(epilog="Example: codessm finetune devign --ckpt model.pt --data devign/ -o devign.pt")
 @task_argument()
-@options("--ckpt --data --ctx --model --size --tokenizer --vocab --steps --epochs --batch --accumulate --lr "
-         "--eval-every --limit --skip-bad --seed -o --restart --device --compile/--no-compile --workers --json",
+@options("--ckpt --data --ctx --model --kernels --size --init --tokenizer --vocab --steps --epochs --batch "
+         "--accumulate --lr --eval-every --limit --skip-bad --seed -o --restart --device --compile/--no-compile "
+         "--workers --json",
          ckpt=dict(required=False, help="The pretrained checkpoint to start from; without one, from scratch."),
          data="The folder (or file) of the benchmark as published.  [default: ./TASK]",
          ctx="Tokens a function, special ones included.  [default: the task's]",
-         model=dict(default=None, show_default=False, help="codessm or rocoder.  [default: codessm]"),
+         model=dict(default=None, show_default=False, help="As in pretrain, without --ckpt.  [default: codessm]"),
          epochs="Passes over the training split.  [default: the task's]",
          lr="Peak learning rate.  [default: 5e-5 from a checkpoint, 3e-4 from scratch; tiny: 2e-3]",
          eval_every="Steps between evaluations.  [default: an epoch]",
          o="The checkpoint to write.  [default: TASK.pt]")
-def finetune(name, ckpt, data_path, ctx, model, size, tokenizer_path, vocab, steps, epochs, batch, accumulate, lr,
-             eval_every, limit, skip_bad, seed, output_path, restart, device, compiled, workers, as_json):
+def finetune(name, ckpt, data_path, ctx, model, kernels, size, init, tokenizer_path, vocab, steps, epochs, batch,
+             accumulate, lr, eval_every, limit, skip_bad, seed, output_path, restart, device, compiled, workers,
+             as_json):
     """Fine-tune an encoder on TASK and score it.
 
     TASK: advtest, sqa, devign, diversevul, complexity, typeinf or clone; or, for JSONL of your own, retrieval (text,
@@ -779,26 +1187,30 @@ def finetune(name, ckpt, data_path, ctx, model, size, tokenizer_path, vocab, ste
     The weights with the best metric on the validation split are kept; the test split, if there is one, is scored
     once, at the end. The same command run again goes on where an interrupted one was.
     """
-    check_training(steps, epochs, vocab, tokenizer_path, lr)
-    if ckpt is not None and (model or size or tokenizer_path or vocab):
-        raise click.UsageError("--ckpt brings its own --model, --size, --tokenizer and --vocab: give it without them")
+    if ckpt is not None and (model or kernels or size or init or tokenizer_path or vocab):
+        raise click.UsageError("--ckpt brings its own --model, --size, --tokenizer and --vocab: give it without them, "
+                               "and without --kernels and --init")
+    check_training(steps, epochs, vocab, tokenizer_path, lr, model, size, kernels)
     benchmark, model, size = data.TASKS[name], model or "codessm", size or "base"
-    ctx, output_path = ctx or benchmark.ctx, output_path or f"{name}.pt"
+    output_path = output_path or f"{name}.pt"
     if steps is None and epochs is None:
         epochs = benchmark.epochs
     started, device, workers = time.monotonic(), choose_device(device), default_workers(workers)
-    if ckpt is not None and os.path.realpath(ckpt) in map(os.path.realpath, (output_path, f"{output_path}.state")):
-        raise Problem(f"-o {output_path} would replace what --ckpt {ckpt} is read from: give another -o")
+    check_output(output_path, "--ckpt", ckpt)
+    check_output(output_path, "--init", init)
     with tasks.Output(output_path, restart) as output:
         pretrained = load(ckpt) if ckpt is not None else None
-        given = data.load_tokenizer(tokenizer_path) if tokenizer_path is not None else None
+        source = Weights(init) if init is not None else None
+        given = choose_tokenizer(tokenizer_path, vocab, source)
+        ctx = bounded(ctx, benchmark.ctx, pretrained and pretrained.encoder, ckpt)
         d = pretrained.encoder.config["d"] if pretrained else SIZES[size]["d"]
-        lr = lr or default_learning_rate(d, pretrained is not None)
+        lr = lr or default_learning_rate(d, (pretrained or source) is not None)
         reader = data.Reader(name, data_path or name, limit=limit, skip_bad=skip_bad)
         settings = dict(
             corpus={source.name: source.mark for source in reader.sources.values()}, task=name, limit=limit,
             skip_bad=skip_bad, ctx=ctx, ckpt=data.open_source(ckpt).mark if pretrained else None,
-            model=None if pretrained else model, size=None if pretrained else size,
+            model=None if pretrained else model, kernels=kernels, size=None if pretrained else size,
+            init=source and source.mark,
             tokenizer=zlib.crc32(given.text.encode()) if given else None,
             vocab=None if pretrained or given else vocab or (4096 if size == "tiny" else 32100),
             steps=steps, epochs=epochs, batch=batch, accumulate=accumulate, lr=lr, eval_every=eval_every, seed=seed)
@@ -821,10 +1233,13 @@ def finetune(name, ckpt, data_path, ctx, model, size, tokenizer_path, vocab, ste
         eval_every = eval_every or len(batches)
 
         torch.manual_seed(seed)
-        encoder = pretrained.encoder if pretrained else Encoder(tokenizer.vocab, **SIZES[size], model=model)
-        task = tasks.OBJECTIVES[benchmark.kind](encoder, tokenizer, name, reader.labels, ctx).to(device)
+        encoder = pretrained.encoder if pretrained else Encoder(tokenizer.vocab, **SIZES[size], model=model,
+                                                                kernels=kernels, ctx=ctx)
+        task = tasks.OBJECTIVES[benchmark.kind](encoder, tokenizer, name, reader.labels, ctx)
+        taken = {"init": source.fill(task)} if source and not state else {}
+        task = task.to(device)
         compiled = tasks.compile_parts(task, compiled, tasks.pays(batches, steps))
-        describe(task=f"{name}, {benchmark.kind}, from {ckpt if pretrained else 'scratch'}", data=facts,
+        describe(task=f"{name}, {benchmark.kind}, from {ckpt or init or 'scratch'}", data=facts, **taken,
                  **({"labels": f"{len(reader.labels):,}: {data.listed(reader.labels, 8)}"} if reader.labels else {}),
                  tokenizer=f"{tokenizer.vocab:,} entries",
                  samples=f"ctx {ctx}, padded to {', '.join(map(str, lengths))}; {workers} processes tokenise ahead",
@@ -908,7 +1323,7 @@ def evaluate(name, ckpt, data_path, ctx, batch, limit, skip_bad, code_field, tex
         records = {"test": np.arange(len(corpus)), "valid": corpus.held_out, "train": corpus.train}[split]
         if not len(records):
             raise Problem(f"the {split} split of {data_path} is empty")
-        ctx, part = ctx or 256, None
+        ctx, part = bounded(ctx, 256, model.encoder, ckpt), None
         samples = data.Samples(corpus, model.tokenizer, ctx)
         lengths = data.static_lengths(samples, records, ctx)
         batches = data.Batches(samples, records, batch, lengths, model.tokenizer.pad)
@@ -917,7 +1332,7 @@ def evaluate(name, ckpt, data_path, ctx, batch, limit, skip_bad, code_field, tex
     else:
         reader = data.Reader(name, data_path or name, wanted=[split], required=[split], labels=model.labels,
                              limit=limit, skip_bad=skip_bad)
-        ctx, part, facts = ctx or model.ctx, reader.splits[split], describe_data(reader)
+        ctx, part, facts = bounded(ctx, model.ctx, model.encoder, ckpt), reader.splits[split], describe_data(reader)
         count = len(part)
         if not len(part.prepare(model.tokenizer, ctx)):
             raise Problem(f"the {split} split has no labelled token")
@@ -962,7 +1377,7 @@ def predict(files, ckpt, ctx, batch, device):
     model = load(ckpt, device)
     if model.name == "mlm":
         raise Problem(f"{ckpt} is a pretrained encoder, which predicts nothing yet: fine-tune it first")
-    ctx = ctx or model.ctx
+    ctx = bounded(ctx, model.ctx, model.encoder, ckpt)
     parse = partial(data.parse_example, data.prediction_task(model.name), labelled=False)
     for path, source, hidden in data.prediction_sources(files or ["-"], model.name):
         if not os.path.getsize(source.path):
@@ -1057,7 +1472,7 @@ def bench_one(model: str, form: str, size: str, length: int, batch: int, train: 
     is short.
     """
     vocab = 4096 if size == "tiny" else 32100
-    encoder = Encoder(vocab, **SIZES[size], model=model)
+    encoder = Encoder(vocab, **SIZES[size], model=model, ctx=length)
     encoder.fft = form == "fft"
     for layer in encoder.layers if form == "plain" else ():
         layer.plain = True
@@ -1086,7 +1501,9 @@ def bench_one(model: str, form: str, size: str, length: int, batch: int, train: 
     first = time.monotonic() - begun
     memory_in_use(device)  # the compiler's own does not count
     seconds = median_seconds(run, device, repeats)
-    FLOP = 2 * sum(m.weight.numel() for m in encoder.layers.modules() if isinstance(m, nn.Linear)) * (3 if train else 1)
+    calls = [given[-1] for given in encoder.given(ids[..., None]) if isinstance(given, tuple)] if encoder.shared else []
+    linear = (m for part in (encoder.layers, *calls) for m in part.modules() if isinstance(m, nn.Linear))
+    FLOP = 2 * sum(m.weight.numel() for m in linear) * (3 if train else 1)
     return dict(samples_per_second=batch / seconds, tokens_per_second=batch * length / seconds, seconds=seconds,
                 memory=None if before is None else max(0, peak_memory(device) - before),
                 projections=FLOP * batch * length / seconds, first_seconds=first, compiled=compiled)
@@ -1100,9 +1517,9 @@ def bench_one(model: str, form: str, size: str, length: int, batch: int, train: 
 @click.option("--batch-tokens", type=click.IntRange(1, 2**31), metavar="N",
               help="Tokens a batch.  [default: 65536, in training 32768; not on a GPU 2048]")
 @click.option("--attention", default="fused", show_default=True, type=click.Choice(["fused", "plain", "both"]),
-              help="rocoder's: PyTorch's fused kernels, or with the L x L matrices in memory.")
+              help="bertcoder's and rocoder's: PyTorch's fused kernels, or with the L x L matrices in memory.")
 @click.option("--convolution", default="matrix", show_default=True, type=click.Choice(["matrix", "fft", "both"]),
-              help="codessm's: by matrix products, or by FFT.")
+              help="Of models with S4D kernels: by matrix products, or by FFT.")
 @click.option("--repeats", type=click.IntRange(1), help="Medians are of so many.  [default: 10, not on a GPU 3]")
 @options("--size --device --compile/--no-compile --json", size=dict(default="base"),
          compile="Compile the layers.  [default: on a GPU]")
@@ -1113,13 +1530,16 @@ def bench(lengths, names, train, batch_tokens, attention, convolution, repeats, 
     the model's linear projections in the rate of one large matrix product, the first run is the one that compiles, or
     finds what was compiled before.
     """
-    if attention != "fused" and "rocoder" not in names or convolution != "matrix" and "codessm" not in names:
-        raise click.UsageError("--attention is rocoder's and --convolution codessm's: name that model in --models")
+    attend = [name for name in names if MODELS[name].layer is TransformerLayer]
+    convolving = [name for name in names if MODELS[name].kernels]
+    if attention != "fused" and not attend or convolution != "matrix" and not convolving:
+        raise click.UsageError("--attention is bertcoder's and rocoder's, --convolution that of models with S4D "
+                               "kernels: name such a model in --models")
     device = choose_device(device)
     gpu = device.type == "cuda"
     batch_tokens, repeats = batch_tokens or (65_536 >> train if gpu else 2048), repeats or (10 if gpu else 3)
-    forms = {"codessm": {"both": ["", "fft"], "fft": ["fft"]}.get(convolution, [""]),
-             "rocoder": {"both": ["", "plain"], "plain": ["plain"]}.get(attention, [""])}
+    forms = {name: {"both": ["", form], form: [form]}.get(wanted, [""]) for form, wanted, able in
+             (("fft", convolution, convolving), ("plain", attention, attend)) for name in able}
     cases = [(length, name, form) for length in lengths for name in names for form in forms.get(name, [""])]
     hardware = torch.cuda.get_device_name(device) if gpu else f"{device}, {torch.get_num_threads()} threads"
     rate, rows = product_rate(device, repeats), []
@@ -1127,7 +1547,7 @@ def bench(lengths, names, train, batch_tokens, attention, convolution, repeats, 
     if not as_json:
         click.echo(f"{hardware}, torch {torch.__version__}, {size}, {'training' if train else 'inference'}, "
                    f"{batch_tokens:,} tokens a batch, {precision}; one large matrix product: {rate / 1e12:.3g} TFLOP/s")
-        click.echo(f"{'model':14} {'length':>7} {'batch':>6} {'samples/s':>10} {'tokens/s':>10} {'memory':>8} "
+        click.echo(f"{'model':15} {'length':>7} {'batch':>6} {'samples/s':>10} {'tokens/s':>10} {'memory':>8} "
                    f"{'share':>6} {'ratio':>6} {'first run':>9}")
     bar = data.progress(cases, desc="measuring", unit=" rows", unit_scale=False, leave=False, miniters=1)
     for length, name, form in bar:
@@ -1147,7 +1567,7 @@ def bench(lengths, names, train, batch_tokens, attention, convolution, repeats, 
         if not as_json:
             memory, ratio = row.get("memory"), row.get("ratio")
             with bar.external_write_mode():
-                click.echo(f"{f'{name} {form}':14} {length:7,} {batch:6,} " + (row["error"] if "error" in row else (
+                click.echo(f"{f'{name} {form}':15} {length:7,} {batch:6,} " + (row["error"] if "error" in row else (
                     f"{row['samples_per_second']:10,.1f} {row['tokens_per_second']:10,.0f} "
                     f"{'?' if memory is None else data.size(memory):>8} {row['share']:6.2f} "
                     f"{'' if ratio is None else format(ratio, '.2f'):>6} {row['first_seconds']:7.1f} s")))

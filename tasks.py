@@ -44,7 +44,8 @@ PAYS = 100  # batches a length
 def initialise(linear: nn.Linear, d: int) -> nn.Linear:
     """A linear map at its start: weights N(0, 0.64 / sqrt(d)), BiGS's 0.02 at d = 1,024, and biases 0."""
     nn.init.normal_(linear.weight, std=0.64 / math.sqrt(d))
-    nn.init.zeros_(linear.bias)
+    if linear.bias is not None:
+        nn.init.zeros_(linear.bias)
     return linear
 
 
@@ -683,16 +684,21 @@ def write(path: str | os.PathLike, content: dict) -> None:
         raise Problem(f"could not write {path}: {reason}; {old}. Make room, then go on", 1) from None
 
 
-def read(path: str | os.PathLike) -> dict:
-    """The content of a checkpoint or state file, on the CPU; runs no code of it. Raises `Problem`."""
+def unpickle(path: str | os.PathLike) -> object:
+    """What `torch.save` wrote, on the CPU; None where that cannot be read. Runs no code of it; raises `Problem`."""
     try:
         open(path, "rb").close()
     except OSError as error:
         raise Problem(f"{path}: {error.strerror}") from None
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # torch raises whatever the bytes lead it to
-        content = None
+        return None
+
+
+def read(path: str | os.PathLike) -> dict:
+    """The content of a checkpoint or state file. Raises `Problem`."""
+    content = unpickle(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise Problem(f"{path} is not a codessm checkpoint, or not a whole one")
     return content

@@ -46,6 +46,18 @@ def test_the_table_has_a_row_for_each_model_and_length():
     assert [row[-3] for row in rows][::2] == ["1.00"] * 2 and "TFLOP/s" in said
 
 
+def test_every_model_can_be_measured():
+    code, said = cli("bench", "--size", "tiny", "--models", ",".join(codessm.MODELS), "--lengths", 32,
+                     "--batch-tokens", 64, "--repeats", 1, "--device", "cpu", "--json")
+    result = json.loads(said.splitlines()[-1])
+    assert code == 0 and [row["model"] for row in result["rows"]] == list(codessm.MODELS)
+    # of zamba's six layers the third and the sixth call the shared block, whose products count each time
+    d, zamba = 128, result["rows"][-1]
+    layer, call = (4 * d + 2 * 64 + 4) * d + 2 * d * d, (12 + 2 + 8 + 4 + 1) * d * d + d * 16 + 16 * 8 * d
+    assert zamba["share"] == pytest.approx(
+        2 * (6 * layer + 2 * call) * zamba["tokens_per_second"] / result["product_rate"])
+
+
 def test_what_does_not_fit_is_a_row_that_says_so(monkeypatch):
     def bench_one(name, _form, _size, length, *rest, original=codessm.bench_one):
         if name == "rocoder" and length == 64:
@@ -101,11 +113,11 @@ sys.exit(subprocess.run([sys.executable, "{ROOT}/codessm.py", *command.split()])
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--models", "codessm", "--attention", "plain"], "--attention is rocoder's and --convolution codessm's"),
-    (["--models", "rocoder", "--convolution", "fft"], "--attention is rocoder's and --convolution codessm's"),
+    (["--models", "codessm", "--attention", "plain"], "--attention is bertcoder's and rocoder's, --convolution that of"),
+    (["--models", "rocoder", "--convolution", "fft"], "--attention is bertcoder's and rocoder's, --convolution that of"),
     (["--lengths", "512,x"], "512,x is no list of lengths such as 512,1024,2048"),
     (["--lengths", "0"], "0 is no list of lengths"),
-    (["--models", "codessm,bert"], "'bert' is none of codessm, rocoder"),
+    (["--models", "codessm,bert"], "'bert' is none of codessm, codessm-pos, "),
     (["--device", "cuda:99"], "--device cuda:99: there is no such device here"),
 ])
 def test_wrong_arguments(arguments, message):
