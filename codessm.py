@@ -722,12 +722,18 @@ def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> nn.Modu
     content = tasks.read(path)
     try:
         tokenizer = Tokenizer(content["tokenizer"], str(path))
-        with torch.device("meta"):  # shapes alone: the weights come from the file
-            model = tasks.build(content, Encoder(**content["config"]), tokenizer)
-        weights = {name: weight.to_dense().float() for name, weight in content["weights"].items()}
-        model.load_state_dict(weights, assign=True)
-        if tokenizer.vocab > content["config"]["vocab"]:
+        config, weights = content["config"], content["weights"]
+        absent = {name for name in ("kernels", "ctx") if not config.get(name)}  # of models that have none
+        if not all(type(size) is int and size > 0 for name, size in config.items() if name not in {"model"} | absent) \
+                or config["layers"] > len(weights):
             raise ValueError
+        if tokenizer.vocab > config["vocab"]:
+            raise Problem(f"{path}: its tokenizer has {tokenizer.vocab:,} entries and its model {config['vocab']:,}: "
+                          "they do not belong together")
+        with torch.device("meta"):  # shapes alone: the weights come from the file
+            model = tasks.build(content, Encoder(**config), tokenizer)
+        tasks.fits(weights, model.state_dict())
+        model.load_state_dict({name: weight.float() for name, weight in weights.items()}, assign=True)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
         raise Problem(f"{path}: its weights do not fit its configuration, so it is no whole checkpoint") from None
     return model.to(device).eval()
@@ -769,7 +775,8 @@ class Weights:
         for key in ("state_dict", "model"):
             if isinstance(content, dict) and isinstance(content.get(key), dict):
                 content = content[key]
-        if not isinstance(content, dict) or not any(isinstance(name, str) and ".fs4." in name for name in content):
+        if not isinstance(content, dict) or not any(isinstance(name, str) and ".fs4." in name for name in content) \
+                or any(isinstance(tensor, torch.Tensor) and stretched(tensor) for tensor in content.values()):
             raise Problem(f"--init {path} is neither a codessm checkpoint nor a BiGS state dict, or not a whole one")
         self.config, self.theirs, unknown = None, {}, []
         for name, tensor in content.items():
@@ -831,6 +838,11 @@ class Weights:
                 f"not taken {collapsed(left)}")
 
 
+def stretched(tensor: torch.Tensor) -> bool:
+    """Whether it would take more memory than the file it is from."""
+    return tensor.layout != torch.strided or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes()
+
+
 def collapsed(names: Iterable[str]) -> str:
     """The names of tensors, with the layers whose names are alike drawn together."""
     layers: dict[str, list[str]] = {}
@@ -866,10 +878,26 @@ def terminate(_number, _frame):
 class Commands(click.Group):
     """The one place that turns what went wrong into a sentence and an exit code."""
 
+    def main(self, *args, **options):
+        try:
+            return super().main(*args, **options)
+        except SystemExit as end:
+            tasks.leave(end.code or 0)
+            raise
+
     def invoke(self, ctx: click.Context):
         before = signal.signal(signal.SIGTERM, terminate)
         try:
-            return super().invoke(ctx)
+            result = super().invoke(ctx)
+            data.gather(None)  # none leaves before all have come to their end
+            return result
+        except click.UsageError as error:
+            if data.world() > 1:  # all have the same
+                if data.rank() == 0:
+                    error.show()
+                error.show = lambda *_: None
+                data.gather(None)
+            raise
         except KeyboardInterrupt as error:
             code = 143 if isinstance(error, Terminated) else 130
             trains = ctx.invoked_subcommand in ("pretrain", "finetune")
@@ -889,6 +917,10 @@ class Commands(click.Group):
             if "DataLoader worker" in str(error):
                 raise Problem("a process that tokenises died, perhaps for want of memory: use fewer --workers",
                               1) from None
+            if tasks.lost(error):
+                problem = Problem("another of the processes ended, which ends this one too", 1)
+                problem.said = data.rank() > 0
+                raise problem from None
             raise
         finally:
             signal.signal(signal.SIGTERM, before)
@@ -896,14 +928,38 @@ class Commands(click.Group):
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="codessm")
-def cli():
+@click.pass_context
+def cli(ctx):
     """CodeSSM: a bidirectional state-space encoder of source code, linear in length."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        if ctx.invoked_subcommand not in ("pretrain", "finetune", "evaluate"):
+            raise Problem(f"{ctx.invoked_subcommand} runs in one process: start it without torchrun")
+        tasks.join()
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of `--device`; auto is cuda where there is one, else cpu."""
+    """The device of `--device`; auto is cuda where there is one, else cpu. Of several processes each takes its own."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if data.world() > 1:
+        with data.together():
+            return own_device(name)
+    return find_device(name)
+
+
+def own_device(name: str) -> torch.device:
+    """Of this process among the several of its host."""
+    local, here = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if name not in ("cpu", "cuda"):
+        raise Problem(f"--device {name}: of several processes each has its own device: give cuda or cpu")
+    if name == "cuda" and here > torch.cuda.device_count():
+        raise Problem(f"{here} processes on a host with {torch.cuda.device_count()} GPUs: start as many as there are "
+                      "GPUs (--nproc-per-node), or give --device cpu")
+    return find_device(f"cuda:{local}" if name == "cuda" else name)
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name; raises `Problem`."""
     try:
         device = torch.device(name)
         found = torch.empty(1, device=device).device
@@ -941,6 +997,8 @@ OPTIONS = {
     "--limit": dict(type=click.IntRange(1), help="Only the first so many records of each file."),
     "--code-field": dict(metavar="NAME", help="The field that holds the code, if its name is not a known one."),
     "--text-field": dict(metavar="NAME", help="The same for the text."),
+    "--max-line": dict(default=data.MAX_LINE // 10**6, show_default=True, type=click.IntRange(1, 10_000),
+                       metavar="MB", help="A longer line is a bad one."),
     "--skip-bad": dict(is_flag=True, help="Count bad lines and pass over them."),
     "--seed": dict(default=0, show_default=True, type=click.IntRange(0, 2**63 - 1),
                    help="Of weights, order, windows and masks."),
@@ -980,8 +1038,6 @@ def check_training(steps, epochs, vocab, tokenizer_path, lr, model, size, kernel
         raise click.UsageError("give --tokenizer or --vocab, not both: a given tokenizer has its own entries")
     if lr and not math.isfinite(lr):
         raise click.UsageError(f"--lr {lr} is not a number to learn with")
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise Problem("this version trains in one process: start it without torchrun, or with --nproc-per-node 1")
 
 
 def default_learning_rate(d: int, pretrained: bool = False) -> float:
@@ -1015,7 +1071,27 @@ def bounded(ctx: int | None, default: int, encoder: nn.Module | None, path: str)
 
 
 def default_workers(workers: int | None) -> int:
-    return min(4, max(1, (os.cpu_count() or 1) // 2)) if workers is None else workers
+    """Of each process: half the cores, shared by the processes of a host, at most 4."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(4, max(1, (os.cpu_count() or 1) // 2 // here)) if workers is None else workers
+
+
+def check_same(what: str, *counts: int) -> None:
+    """Raise a `Problem` where ranks have read different things: each host reads files of its own."""
+    found = data.gather(counts)
+    with data.together():
+        for place, theirs in enumerate(found):
+            if theirs != found[0]:
+                raise Problem(f"{what} of process {place} is not that of process 0 ({theirs} and {found[0]}): every "
+                              "host needs the same files")
+
+
+def no_pipe(paths: Iterable[str]) -> None:
+    """Several processes cannot share what can be read once; raises `Problem`."""
+    if data.world() > 1 and any(path == "-" or os.path.exists(path) and not os.path.isdir(path)
+                                and not os.path.isfile(path) for path in paths):
+        with data.together():
+            raise Problem("standard input or a pipe cannot be read by several processes: write it to a file first")
 
 
 def describe(**facts: str) -> None:
@@ -1033,6 +1109,7 @@ def describe_training(task: nn.Module, size: str, device: torch.device, compiled
     kernels = f", {several} kernels a direction" * (several > 1)
     describe(model=f"{task.encoder.config['model']} {size}{kernels}, {parameters:,} parameters, on {device} in "
                    f"{'bfloat16' if tasks.bf16(device) else 'float32'}{', compiled' * compiled}",
+             **({"processes": f"{data.world()}, which share each batch"} if data.world() > 1 else {}),
              training=f"{steps:,} steps of {batch} samples ({epochs:.1f} epochs), peak learning rate {lr:g} after "
                       f"{tasks.warmup(steps):,} steps, {decay}, weight decay {tasks.WEIGHT_DECAY:g}, seed {seed}, "
                       f"accumulate {accumulate}, an evaluation every {eval_every:,} steps",
@@ -1057,7 +1134,7 @@ def shown(metrics: dict[str, float], first: str | None = None) -> str:
 @cli.command(epilog="Example: codessm pretrain corpus.jsonl --ctx 256 --steps 10000 -o model.pt")
 @click.argument("corpus", nargs=-1)
 @options("--ctx --model --kernels --size --init --tokenizer --vocab --steps --epochs --batch --accumulate --lr "
-         "--eval-every --limit --code-field --text-field --skip-bad --seed -o --restart --device "
+         "--eval-every --limit --code-field --text-field --skip-bad --max-line --seed -o --restart --device "
          "--compile/--no-compile --workers --json",
          ctx=dict(default=256, show_default=True, help="Tokens a sample, special ones included."),
          size=dict(default="base"), epochs="Passes over the corpus.  [default: 1]",
@@ -1065,8 +1142,8 @@ def shown(metrics: dict[str, float], first: str | None = None) -> str:
          eval_every="Steps between evaluations.  [default: a tenth of all]",
          o=dict(default="model.pt", show_default=True, help="The checkpoint to write."))
 def pretrain(corpus, ctx, model, kernels, size, init, tokenizer_path, vocab, steps, epochs, batch, accumulate, lr,
-             eval_every, limit, code_field, text_field, skip_bad, seed, output_path, restart, device, compiled, workers,
-             as_json):
+             eval_every, limit, code_field, text_field, skip_bad, max_line, seed, output_path, restart, device, compiled,
+             workers, as_json):
     """Pretrain an encoder by masked language modelling on CORPUS.
 
     CORPUS: JSONL files, plain or .gz, folders, globs, or - for standard input; without any, the Python
@@ -1078,30 +1155,33 @@ def pretrain(corpus, ctx, model, kernels, size, init, tokenizer_path, vocab, ste
     lr = lr or default_learning_rate(SIZES[size]["d"], init is not None)
     check_output(output_path, "--init", init)
     started, device, workers = time.monotonic(), choose_device(device), default_workers(workers)
+    no_pipe(corpus)
     with tasks.Output(output_path, restart) as output:
-        source = Weights(init) if init is not None else None
-        given = choose_tokenizer(tokenizer_path, vocab, source)
-        sources = data.find_sources(corpus) if corpus else [data.standard_library()]
+        with data.together():
+            source = Weights(init) if init is not None else None
+        given = data.lead(partial(choose_tokenizer, tokenizer_path, vocab, source))
+        sources = data.on_host(lambda: data.find_sources(corpus, max_line * 10**6) if corpus
+                               else [data.standard_library()])
         settings = dict(
             corpus={source.name: source.mark for source in sources}, limit=limit, code_field=code_field,
-            text_field=text_field, skip_bad=skip_bad, ctx=ctx, model=model, kernels=kernels, size=size,
+            text_field=text_field, skip_bad=skip_bad, max_line=max_line, ctx=ctx, model=model, kernels=kernels, size=size,
             init=source and source.mark, tokenizer=zlib.crc32(given.text.encode()) if given else None,
             vocab=given.vocab if given else vocab or (4096 if size == "tiny" else 32100),
             steps=steps, epochs=epochs, batch=batch, accumulate=accumulate, lr=lr, eval_every=eval_every, seed=seed)
         state = output.resume(settings)
 
-        records = data.Corpus(sources, code_field, text_field, limit, skip_bad)
-        if len(records.train) < batch or not len(records.held_out):
-            count = len(records.train)
-            raise Problem(f"the corpus has {count} samples to train on and {len(records.held_out)} to evaluate on, "
-                          "fewer than one batch: give more of it"
-                          + (f", or --batch {count} or less" if count > 1 else ""))
-        if state:
-            tokenizer = Tokenizer(state["tokenizer"])
-        else:
-            tokenizer = given or data.train_tokenizer(records, settings["vocab"])
+        with data.together():
+            records = data.Corpus(sources, code_field, text_field, limit, skip_bad)
+            if len(records.train) < batch or not len(records.held_out):
+                count = len(records.train)
+                raise Problem(f"the corpus has {count} samples to train on and {len(records.held_out)} to evaluate on, "
+                              "fewer than one batch: give more of it"
+                              + (f", or --batch {count} or less" if count > 1 else ""))
+        check_same("the corpus", len(records), records.bytes, len(records.held_out))
+        tokenizer = Tokenizer(state["tokenizer"]) if state else given or data.lead(
+            lambda: data.train_tokenizer(records, settings["vocab"]))
         samples = data.Samples(records, tokenizer, ctx, seed)
-        lengths = data.static_lengths(samples, records.train, ctx)
+        lengths = data.lead(lambda: data.static_lengths(samples, records.train, ctx))
         batches = data.Batches(samples, records.train, batch, lengths, tokenizer.pad, seed)
         some = np.linspace(0, len(records.held_out) - 1, min(HELD_OUT, len(records.held_out))).astype(int)
         held_out = data.Batches(samples, records.held_out[some], batch, lengths, tokenizer.pad)
@@ -1113,7 +1193,8 @@ def pretrain(corpus, ctx, model, kernels, size, init, tokenizer_path, vocab, ste
         taken = {"init": source.fill(task)} if source and not state else {}
         task = task.to(device)
         compiled = tasks.compile_parts(task, compiled, tasks.pays(batches, steps))
-        if not any(task.prepare(batch)[1] for batch in held_out.stream(stop=len(held_out))):
+        first = held_out.stream(stop=min(len(held_out), held_out.POOL))
+        if not sum(data.gather(sum(task.prepare(batch)[1] for batch in first))):
             raise Problem(f"nothing to predict in the {len(held_out.records)} records held out: give a larger corpus")
         describe(
             corpus=f"{data.listed(s.name for s in sources)}: {len(records):,} records, {data.size(records.bytes)}, "
@@ -1129,11 +1210,14 @@ def pretrain(corpus, ctx, model, kernels, size, init, tokenizer_path, vocab, ste
     result = dict(output=output_path, steps=steps, parameters=sum(p.numel() for p in task.parameters()),
                   held_out=len(held_out.records), seconds=round(time.monotonic() - started, 1),
                   peak_memory=peak_memory(device), **metrics)
-    if as_json:
-        click.echo(json.dumps(result))
-    else:
-        click.echo(f"{output_path}: {steps:,} steps in {result['seconds']:.0f} s; "
-                   f"on {len(held_out.records):,} held-out records {mlm_sentence(metrics)}")
+    print_result(result, as_json, f"{output_path}: {steps:,} steps in {result['seconds']:.0f} s; "
+                                  f"on {len(held_out.records):,} held-out records {mlm_sentence(metrics)}")
+
+
+def print_result(result: dict, as_json: bool, *sentences: str) -> None:
+    """The outcome of a command, on standard output: for a program, or for people."""
+    if data.rank() == 0:
+        click.echo(json.dumps(result) if as_json else "\n".join(sentences))
 
 
 def mlm_sentence(metrics: dict[str, float]) -> str:
@@ -1166,8 +1250,8 @@ def describe_encoding(split: data.Split) -> str:
 @cli.command(epilog="Example: codessm finetune devign --ckpt model.pt --data devign/ -o devign.pt")
 @task_argument()
 @options("--ckpt --data --ctx --model --kernels --size --init --tokenizer --vocab --steps --epochs --batch "
-         "--accumulate --lr --eval-every --limit --skip-bad --seed -o --restart --device --compile/--no-compile "
-         "--workers --json",
+         "--accumulate --lr --eval-every --limit --skip-bad --max-line --seed -o --restart --device "
+         "--compile/--no-compile --workers --json",
          ckpt=dict(required=False, help="The pretrained checkpoint to start from; without one, from scratch."),
          data="The folder (or file) of the benchmark as published.  [default: ./TASK]",
          ctx="Tokens a function, special ones included.  [default: the task's]",
@@ -1177,7 +1261,7 @@ def describe_encoding(split: data.Split) -> str:
          eval_every="Steps between evaluations.  [default: an epoch]",
          o="The checkpoint to write.  [default: TASK.pt]")
 def finetune(name, ckpt, data_path, ctx, model, kernels, size, init, tokenizer_path, vocab, steps, epochs, batch,
-             accumulate, lr, eval_every, limit, skip_bad, seed, output_path, restart, device, compiled, workers,
+             accumulate, lr, eval_every, limit, skip_bad, max_line, seed, output_path, restart, device, compiled, workers,
              as_json):
     """Fine-tune an encoder on TASK and score it.
 
@@ -1199,16 +1283,18 @@ def finetune(name, ckpt, data_path, ctx, model, kernels, size, init, tokenizer_p
     check_output(output_path, "--ckpt", ckpt)
     check_output(output_path, "--init", init)
     with tasks.Output(output_path, restart) as output:
-        pretrained = load(ckpt) if ckpt is not None else None
-        source = Weights(init) if init is not None else None
-        given = choose_tokenizer(tokenizer_path, vocab, source)
-        ctx = bounded(ctx, benchmark.ctx, pretrained and pretrained.encoder, ckpt)
+        with data.together():
+            pretrained = load(ckpt) if ckpt is not None else None
+            source = Weights(init) if init is not None else None
+            ctx = bounded(ctx, benchmark.ctx, pretrained and pretrained.encoder, ckpt)
+        given = data.lead(partial(choose_tokenizer, tokenizer_path, vocab, source))
         d = pretrained.encoder.config["d"] if pretrained else SIZES[size]["d"]
         lr = lr or default_learning_rate(d, (pretrained or source) is not None)
-        reader = data.Reader(name, data_path or name, limit=limit, skip_bad=skip_bad)
+        with data.together():
+            reader = data.Reader(name, data_path or name, limit=limit, skip_bad=skip_bad, longest=max_line * 10**6)
         settings = dict(
             corpus={source.name: source.mark for source in reader.sources.values()}, task=name, limit=limit,
-            skip_bad=skip_bad, ctx=ctx, ckpt=data.open_source(ckpt).mark if pretrained else None,
+            skip_bad=skip_bad, max_line=max_line, ctx=ctx, ckpt=data.open_source(ckpt).mark if pretrained else None,
             model=None if pretrained else model, kernels=kernels, size=None if pretrained else size,
             init=source and source.mark,
             tokenizer=zlib.crc32(given.text.encode()) if given else None,
@@ -1222,12 +1308,15 @@ def finetune(name, ckpt, data_path, ctx, model, kernels, size, init, tokenizer_p
         elif pretrained:
             tokenizer = pretrained.tokenizer
         else:
-            tokenizer = given or data.train_tokenizer(train, settings["vocab"])
+            tokenizer = given or data.lead(lambda: data.train_tokenizer(train, settings["vocab"]))
         facts = describe_data(reader)
-        for part, split in reader.splits.items():
-            if not len(split.prepare(tokenizer, ctx)):
-                raise Problem(f"the {part} split has no labelled token")
-        lengths = data.static_lengths(train.items, train.distinct, ctx)
+        with data.together():
+            for part, split in reader.splits.items():
+                if not len(split.prepare(tokenizer, ctx)):
+                    raise Problem(f"the {part} split has no labelled token")
+        check_same("the data", *(len(split) for split in reader.splits.values()),
+                   *(split.bytes for split in reader.splits.values()))
+        lengths = data.lead(lambda: data.static_lengths(train.items, train.distinct, ctx))
         batches, held_out = train.training(batch, lengths, seed), valid.each(batch, lengths)
         steps = steps or epochs * len(batches)
         eval_every = eval_every or len(batches)
@@ -1264,14 +1353,11 @@ def finetune(name, ckpt, data_path, ctx, model, kernels, size, init, tokenizer_p
             output.record(step=steps, **{f"test_{key}": value for key, value in scores.items()})
             result |= {f"test_{key}": value for key, value in scores.items()}
     result |= dict(seconds=round(time.monotonic() - started, 1), peak_memory=peak_memory(device))
-    if as_json:
-        click.echo(json.dumps(result))
-    else:
-        click.echo(f"{output_path}: {steps:,} steps in {result['seconds']:.0f} s, peak memory "
-                   f"{data.size(result['peak_memory'])}")
-        click.echo(f"valid  {shown(metrics, benchmark.metric)}")
-        if "test" in reader.splits:
-            click.echo(f"test   {shown(scores, benchmark.metric)}")
+    sentences = [f"{output_path}: {steps:,} steps in {result['seconds']:.0f} s, peak memory "
+                 f"{data.size(result['peak_memory'])}", f"valid  {shown(metrics, benchmark.metric)}"]
+    if "test" in reader.splits:
+        sentences.append(f"test   {shown(scores, benchmark.metric)}")
+    print_result(result, as_json, *sentences)
 
 
 def load_for(name: str, path: str, device: torch.device) -> nn.Module:
@@ -1293,16 +1379,16 @@ def load_for(name: str, path: str, device: torch.device) -> nn.Module:
 
 @cli.command(epilog="Example: codessm evaluate devign --ckpt devign.pt --split test --predictions predictions.txt")
 @task_argument("mlm")
-@options("--ckpt --data --ctx --batch --limit --skip-bad --code-field --text-field --device --compile/--no-compile "
-         "--workers --json",
+@options("--ckpt --data --ctx --batch --limit --skip-bad --max-line --code-field --text-field --device "
+         "--compile/--no-compile --workers --json",
          data="The folder (or file) of the benchmark, of mlm a corpus.  [default: ./TASK; mlm: the standard library]",
          ctx="Tokens a function.  [default: as trained; mlm: 256]",
          batch="Samples at a time; the result does not depend on it.")
 @click.option("--split", default="test", show_default=True, type=click.Choice(data.SPLITS),
               help="Of mlm, test is the whole corpus and valid its held-out 1 %.")
 @click.option("--predictions", metavar="FILE", help="Write the predictions, in the form CodeXGLUE's evaluators read.")
-def evaluate(name, ckpt, data_path, ctx, batch, limit, skip_bad, code_field, text_field, device, compiled, workers,
-             as_json, split, predictions):
+def evaluate(name, ckpt, data_path, ctx, batch, limit, skip_bad, max_line, code_field, text_field, device, compiled,
+             workers, as_json, split, predictions):
     """Score a checkpoint on a split of TASK, or on a corpus.
 
     TASK: one of those of finetune, or mlm, which predicts masked tokens of a corpus with a pretrained checkpoint.
@@ -1312,50 +1398,55 @@ def evaluate(name, ckpt, data_path, ctx, batch, limit, skip_bad, code_field, tex
     if name != "mlm" and (code_field or text_field):
         raise click.UsageError("--code-field and --text-field are for mlm")
     started, device, workers = time.monotonic(), choose_device(device), default_workers(workers)
-    model = load_for(name, ckpt, device)
-    if predictions is not None:
-        data.check_writable(predictions, "--predictions")
-        if os.path.exists(predictions):
-            raise Problem(f"{predictions} exists: give --predictions another name, or remove it")
+    with data.together():
+        model = load_for(name, ckpt, device)
+        if predictions is not None and data.rank() == 0:
+            data.check_writable(predictions, "--predictions")
+            if os.path.exists(predictions):
+                raise Problem(f"{predictions} exists: give --predictions another name, or remove it")
     if name == "mlm":
-        sources = data.find_sources([data_path]) if data_path is not None else [data.standard_library()]
-        corpus = data.Corpus(sources, code_field, text_field, limit, skip_bad)
-        records = {"test": np.arange(len(corpus)), "valid": corpus.held_out, "train": corpus.train}[split]
-        if not len(records):
-            raise Problem(f"the {split} split of {data_path} is empty")
-        ctx, part = bounded(ctx, 256, model.encoder, ckpt), None
+        no_pipe([data_path or ""])
+        sources = data.on_host(lambda: data.find_sources([data_path], max_line * 10**6) if data_path is not None
+                               else [data.standard_library()])
+        with data.together():
+            corpus = data.Corpus(sources, code_field, text_field, limit, skip_bad)
+            records = {"test": np.arange(len(corpus)), "valid": corpus.held_out, "train": corpus.train}[split]
+            if not len(records):
+                raise Problem(f"the {split} split of {data_path} is empty")
+            ctx, part = bounded(ctx, 256, model.encoder, ckpt), None
+        check_same("the corpus", len(corpus), corpus.bytes)
         samples = data.Samples(corpus, model.tokenizer, ctx)
-        lengths = data.static_lengths(samples, records, ctx)
+        lengths = data.lead(lambda: data.static_lengths(samples, records, ctx))
         batches = data.Batches(samples, records, batch, lengths, model.tokenizer.pad)
         facts, count = f"{len(corpus):,} records" + (f"; {corpus.bad:,} bad lines passed over" if corpus.bad else ""), \
             len(records)
     else:
-        reader = data.Reader(name, data_path or name, wanted=[split], required=[split], labels=model.labels,
-                             limit=limit, skip_bad=skip_bad)
-        ctx, part, facts = bounded(ctx, model.ctx, model.encoder, ckpt), reader.splits[split], describe_data(reader)
-        count = len(part)
-        if not len(part.prepare(model.tokenizer, ctx)):
-            raise Problem(f"the {split} split has no labelled token")
-        lengths = data.static_lengths(part.items, part.distinct, ctx)
+        with data.together():
+            reader = data.Reader(name, data_path or name, wanted=[split], required=[split], labels=model.labels,
+                                 limit=limit, skip_bad=skip_bad, longest=max_line * 10**6)
+            ctx, part, facts = bounded(ctx, model.ctx, model.encoder, ckpt), reader.splits[split], describe_data(reader)
+            count = len(part)
+            if not len(part.prepare(model.tokenizer, ctx)):
+                raise Problem(f"the {split} split has no labelled token")
+        check_same("the data", count, part.bytes)
+        lengths = data.lead(lambda: data.static_lengths(part.items, part.distinct, ctx))
         batches = part.each(batch, lengths)
         facts += f"; {describe_encoding(part)}"
     describe(data=facts, samples=f"ctx {ctx}, padded to {', '.join(map(str, lengths))}")
     compiled = tasks.compile_parts(model, compiled, tasks.pays(batches, len(batches)))
     metrics, outputs = tasks.evaluate(model, batches, part, workers, eagerly=not compiled)
-    if not all(map(math.isfinite, metrics.values())):
-        if name == "mlm" and not outputs[-1]:
-            raise Problem(f"{data_path}: nothing could be predicted: the corpus is too small")
-        raise Problem(f"{ckpt}: {NOT_NUMBERS}", 1)
-    if predictions is not None:
-        with data.atomic(predictions) as file:
-            file.writelines(line.encode("utf-8", "replace") + b"\n" for line in model.lines(outputs, part))
+    with data.together():
+        if not all(map(math.isfinite, metrics.values())):
+            if name == "mlm" and not outputs[-1]:
+                raise Problem(f"{data_path}: nothing could be predicted: the corpus is too small")
+            raise Problem(f"{ckpt}: {NOT_NUMBERS}", 1)
+        if predictions is not None and data.rank() == 0:
+            with data.atomic(predictions) as file:
+                file.writelines(line.encode("utf-8", "replace") + b"\n" for line in model.lines(outputs, part))
     result = dict(task=name, split=split, examples=count, **metrics, encoded=len(batches.records),
                   seconds=round(time.monotonic() - started, 1), peak_memory=peak_memory(device))
-    if as_json:
-        click.echo(json.dumps(result))
-    else:
-        sentence = mlm_sentence(metrics) if name == "mlm" else shown(metrics, data.TASKS[name].metric)
-        click.echo(f"{name} {split}, {count:,} examples in {result['seconds']:.0f} s: {sentence}")
+    sentence = mlm_sentence(metrics) if name == "mlm" else shown(metrics, data.TASKS[name].metric)
+    print_result(result, as_json, f"{name} {split}, {count:,} examples in {result['seconds']:.0f} s: {sentence}")
 
 
 NOT_NUMBERS = "what the model says is no number: its training went wrong, try a lower --lr"
@@ -1364,9 +1455,9 @@ PREDICT = 4096  # records at a time
 
 @cli.command(epilog="Example: codessm predict --ckpt devign.pt functions.jsonl > predictions.jsonl")
 @click.argument("files", nargs=-1)
-@options("--ckpt --ctx --batch --device", ctx="Tokens a function.  [default: as trained]",
+@options("--ckpt --ctx --batch --max-line --device", ctx="Tokens a function.  [default: as trained]",
          batch="Samples at a time; the result does not depend on it.")
-def predict(files, ckpt, ctx, batch, device):
+def predict(files, ckpt, ctx, batch, max_line, device):
     """Predict for FILES: JSONL, source files, folders of source files, or - (the default), JSONL on standard input.
 
     A line of JSONL comes out for each that goes in, in the same order, with what else it held and `prediction` and
@@ -1379,7 +1470,7 @@ def predict(files, ckpt, ctx, batch, device):
         raise Problem(f"{ckpt} is a pretrained encoder, which predicts nothing yet: fine-tune it first")
     ctx = bounded(ctx, model.ctx, model.encoder, ckpt)
     parse = partial(data.parse_example, data.prediction_task(model.name), labelled=False)
-    for path, source, hidden in data.prediction_sources(files or ["-"], model.name):
+    for path, source, hidden in data.prediction_sources(files or ["-"], model.name, max_line * 10**6):
         if not os.path.getsize(source.path):
             continue
         records = data.Records([source], parse)

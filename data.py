@@ -33,7 +33,7 @@ import tokenize
 import warnings
 import zlib
 from collections import Counter
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
@@ -43,12 +43,16 @@ import click
 import numpy as np
 import tokenizers
 import torch
+import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 CODE_FIELDS = ("code", "content", "func_code_string", "whole_func_string", "func", "function", "src",
                "original_string")
 TEXT_FIELDS = ("docstring", "func_documentation_string", "nl", "doc", "query", "text")
+MAX_LINE = 16_000_000  # bytes, unless --max-line says otherwise
+MAX_TEXT = 1_000_000_000  # bytes of a file that is read as a whole
+UNPACKED = 100  # times its size is what a gzip file may hold
 STANDARD_LIBRARY = sysconfig.get_paths()["stdlib"]
 STARCODER = re.compile(r"\A(?:<(?:reponame|filename|gh_stars)>[^<\n]*)+\n?")
 
@@ -58,26 +62,31 @@ STARCODER = re.compile(r"\A(?:<(?:reponame|filename|gh_stars)>[^<\n]*)+\n?")
 class Problem(click.ClickException):
     """What ends a command with one sentence and an exit code.
 
-    2 is wrong usage or input, 1 a failure, 130 and 143 an interruption.
+    2 is wrong usage or input, 1 a failure, 130 and 143 an interruption. It is said once; of an interruption every
+    rank knows, and rank 0 alone says it.
     """
+    said = False
 
     def __init__(self, message: str, exit_code: int = 2):
         super().__init__(message)
         self.exit_code = exit_code
 
     def show(self, file=None):
-        say(self.message if self.exit_code > 128 else f"Error: {self.message}")
+        if not self.said and (rank() == 0 or self.exit_code < 128):
+            tqdm.write(self.message if self.exit_code > 128 else f"Error: {self.message}", file=sys.stderr)
+        self.said = True
 
 
 def say(message: str) -> None:
     """One line for the person at the terminal, on standard error, clear of any progress bar."""
-    tqdm.write(message, file=sys.stderr)
+    if rank() == 0:
+        tqdm.write(message, file=sys.stderr)
 
 
 def progress(iterable: Iterable | None = None, **options) -> tqdm:
     """A bar on standard error, once the work has taken two seconds; rarely redrawn when that is a file."""
     options = dict(delay=2, mininterval=0.5 if sys.stderr.isatty() else 20, dynamic_ncols=True,
-                   unit_scale=True, file=sys.stderr) | options
+                   unit_scale=True, file=sys.stderr, disable=rank() > 0) | options
     return tqdm(iterable, **options)
 
 
@@ -138,12 +147,105 @@ def check_writable(path: str | os.PathLike, option: str = "-o") -> None:
         raise Problem(f"cannot write {path}: {error.strerror}") from None
 
 
+# ---- many processes ---------------------------------------------------------------------------------
+
+def rank() -> int:
+    """The number of this process, over all hosts, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """The number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def gather(value) -> list:
+    """The values that the ranks bring, on every rank."""
+    values = [value] * world()
+    if world() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def share_problem(problem: Problem | None) -> None:
+    """Raise, on every rank, the first `Problem` that a rank brings, when rank 0 has said it."""
+    for found in gather(problem):
+        if found is not None:
+            if world() > 1:
+                if rank() == 0:
+                    found.show()
+                found.said = True
+                gather(None)  # or torchrun might end rank 0 first, as another has failed
+            raise found from None
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """What ends this block with a `Problem` on one rank ends it so on all of them, which wait for each other."""
+    problem = None
+    try:
+        yield
+    except Problem as error:
+        problem = error
+    share_problem(problem)
+
+
+def lead(function: Callable):
+    """What `function` returns, or the `Problem` that it raises, on rank 0: on every rank."""
+    value = None
+    with together():
+        if rank() == 0:
+            value = function()
+    return broadcast(value)
+
+
+def broadcast(value):
+    """Rank 0's value on every rank; the tensors in its dicts and lists go one by one, to each rank's CPU."""
+    if world() == 1:
+        return value
+    tensors: list[torch.Tensor] = []
+
+    def each(change: Callable, value):
+        if isinstance(value, torch.Tensor):
+            return change(value)
+        if isinstance(value, dict):
+            return {key: each(change, part) for key, part in value.items()}
+        return type(value)(each(change, part) for part in value) if type(value) in (list, tuple) else value
+
+    def send(tensor: torch.Tensor) -> torch.Tensor:
+        tensors.append(tensor.cpu().contiguous())
+        return torch.empty_like(tensors[-1], device="meta")
+
+    def receive(shape: torch.Tensor) -> torch.Tensor:
+        tensor = tensors.pop(0) if rank() == 0 else torch.empty_like(shape, device="cpu")
+        dist.broadcast(tensor, 0)
+        return tensor
+
+    box = [each(send, value)]
+    dist.broadcast_object_list(box)
+    return each(receive, box[0])
+
+
+def on_host(function: Callable):
+    """What `function` returns, or the `Problem` that it raises, on one rank of each host: on every rank of that host.
+
+    For what goes into temporary files, which a host's ranks share.
+    """
+    value, host = None, os.environ.get("GROUP_RANK")
+    first = world() == 1 or os.environ.get("LOCAL_RANK", "0") == "0"
+    with together():
+        if first:
+            value = function()
+    return next(value for first, at, value in gather((first, host, value)) if first and at == host)
+
+
 # ---- corpora ----------------------------------------------------------------------------------------
 
 class Source(NamedTuple):
     name: str    # as the user knows it
     path: str    # of a plain, seekable JSONL file
     mark: str    # changes when the content does
+    longest: int = MAX_LINE  # bytes of a line
 
 
 class BadLine(ValueError):
@@ -165,11 +267,26 @@ def spool_path() -> str:
     return path
 
 
-def spool(name: str, stream: io.IOBase) -> str:
-    """Copy a binary stream, decompressed if it is gzip, to a temporary file; returns its path."""
-    path = spool_path()
+class Counted:
+    """A binary stream that knows how much was read of it."""
+
+    def __init__(self, stream: io.BufferedIOBase):
+        self.stream, self.count = stream, 0
+
+    def read(self, size: int = -1) -> bytes:
+        block = self.stream.read(size)
+        self.count += len(block)
+        return block
+
+
+def spool(name: str, stream: io.IOBase, longest: int = MAX_LINE) -> str:
+    """Copy a binary stream, decompressed if it is gzip, to a temporary file; returns its path.
+
+    Raises `Problem`, also at what unpacks to more than a line and 100 times its own size.
+    """
+    path, written = spool_path(), 0
     raw = io.BufferedReader(stream) if not hasattr(stream, "peek") else stream
-    compressed = raw.peek(2)[:2] == b"\x1f\x8b"
+    compressed, raw = raw.peek(2)[:2] == b"\x1f\x8b", Counted(raw)
     plain = gzip.GzipFile(fileobj=raw) if compressed else raw
     with progress(desc=f"reading {name}", unit="B") as bar:
         while True:
@@ -179,6 +296,10 @@ def spool(name: str, stream: io.IOBase) -> str:
                 raise Problem(f"{name}: not a whole gzip file ({error})") from None
             if not block:
                 break
+            written += len(block)
+            if written > max(longest, UNPACKED * raw.count) and compressed:
+                raise Problem(f"{name}: its first {size(raw.count)} unpack to {size(written)}, more than {UNPACKED} "
+                              "times as much, which no code does: unpack it yourself if it is what it should be")
             try:
                 with open(path, "ab") as out:
                     out.write(block)
@@ -205,7 +326,7 @@ def is_log(path: str) -> bool:
     return starts_with(path, LOG_START)
 
 
-def find_sources(paths: Iterable[str]) -> list[Source]:
+def find_sources(paths: Iterable[str], longest: int = MAX_LINE) -> list[Source]:
     """The corpus files behind files, folders, globs, `.gz` files and `-`, in order, each once.
 
     A folder gives its `*.jsonl` and `*.jsonl.gz`, its subfolders' too, sorted; empty files and metrics logs
@@ -227,22 +348,22 @@ def find_sources(paths: Iterable[str]) -> list[Source]:
                 raise Problem(f"{path}: no such file")
         for name in found:
             names.setdefault(name if name == "-" else os.path.realpath(name), name)
-    return [open_source(name) for name in names.values()]
+    return [open_source(name, longest) for name in names.values()]
 
 
-def open_source(name: str) -> Source:
+def open_source(name: str, longest: int = MAX_LINE) -> Source:
     """The `Source` of one file or of standard input."""
     if name == "-":
-        return Source("standard input", spool("standard input", sys.stdin.buffer), "-")
+        return Source("standard input", spool("standard input", sys.stdin.buffer, longest), "-", longest)
     try:
         with open(name, "rb") as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
-                return Source(name, spool(name, file), "-")
+                return Source(name, spool(name, file, longest), "-", longest)
             mark = f"{status.st_size} bytes, {status.st_mtime_ns}"
             if file.peek(2)[:2] == b"\x1f\x8b":
-                return Source(name, spool(name, file), mark)
-            return Source(name, name, mark)
+                return Source(name, spool(name, file, longest), mark, longest)
+            return Source(name, name, mark, longest)
     except OSError as error:
         raise Problem(f"{name}: {error.strerror}") from None
 
@@ -338,16 +459,18 @@ class Records:
     def __init__(self, sources: list[Source], parse: Callable, limit: int | None = None, skip_bad: bool = False,
                  note: Callable = lambda source, line, parsed: None):
         self.sources, self.parse, self.bad, self.bytes = sources, parse, 0, 0
+        self.stamps = [self.stamp(os.stat(source.path)) for source in sources]
         offsets, first = array.array("Q"), []
         with progress(total=sum(os.path.getsize(source.path) for source in sources), desc="reading records",
                       unit="B") as bar:
             for place, source in enumerate(sources):
                 first.append(len(offsets))
-                for number, offset, line in lines(source.path):
+                for number, offset, line in lines(source.path, source.longest):
                     if limit is not None and len(offsets) - first[-1] == limit:
                         break
                     bar.update(len(line))
                     try:
+                        check_length(line, source.longest)
                         note(place, line, parse(line))
                     except BadLine as error:
                         if not skip_bad:
@@ -365,23 +488,30 @@ class Records:
     def __len__(self) -> int:
         return len(self.offsets)
 
-    def line(self, record: int) -> bytes:
-        """The raw line of a record."""
-        with open(self.source(record).path, "rb") as file:
-            file.seek(int(self.offsets[record]))
-            return file.readline()
+    @staticmethod
+    def stamp(status: os.stat_result) -> tuple[int, int]:
+        """What changes when a file does."""
+        return status.st_size, status.st_mtime_ns
 
-    def source(self, record: int) -> Source:
-        """The file that a record is in."""
-        return self.sources[np.searchsorted(self.first, record, side="right") - 1]
+    def line(self, record: int) -> bytes:
+        """The raw line of a record; raises `Problem` if its file has changed."""
+        place = np.searchsorted(self.first, record, side="right") - 1
+        source = self.sources[place]
+        try:
+            with open(source.path, "rb") as file:
+                now = self.stamp(os.fstat(file.fileno()))
+                if now == self.stamps[place]:
+                    file.seek(int(self.offsets[record]))
+                    return file.readline(source.longest + 1)
+            what = "its time is another" if now[0] == self.stamps[place][0] else \
+                f"it had {self.stamps[place][0]:,} bytes and has {now[0]:,}"
+        except OSError as error:
+            what = error.strerror
+        raise Problem(f"{source.name} changed while it was being read: {what}", 1)
 
     def __getitem__(self, record: int):
         """What `parse` makes of a record, read from its file; raises `Problem` if that has changed."""
-        try:
-            return self.parse(self.line(record))
-        except (BadLine, OSError) as error:
-            raise Problem(f"{self.source(record).name} changed while it was being read: at byte "
-                          f"{self.offsets[record]} there is now {error}", 1) from None
+        return self.parse(self.line(record))
 
 
 class Corpus(Records):
@@ -445,14 +575,26 @@ class Corpus(Records):
                 yield from self[record]
 
 
-def lines(path: str) -> Iterator[tuple[int, int, bytes]]:
-    """(line number from 1, byte offset, line) of each line that is not blank."""
+def lines(path: str, longest: int = MAX_LINE) -> Iterator[tuple[int, int, bytes]]:
+    """(line number from 1, byte offset, line) of each line that is not blank; of a longer one its beginning."""
     offset = 0
     with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
+        for number in itertools.count(1):
+            line = rest = file.readline(longest + 1)
+            if not line:
+                return
             if not line.isspace():
                 yield number, offset, line
             offset += len(line)
+            while len(rest) > longest and not rest.endswith(b"\n"):
+                rest = file.readline(longest + 1)
+                offset += len(rest)
+
+
+def check_length(line: bytes, longest: int) -> None:
+    """Raise `BadLine` at one of `lines` that is too long."""
+    if len(line.rstrip(b"\n")) > longest:
+        raise BadLine(f"a line of more than {size(longest)} (--max-line takes longer ones)")
 
 
 # ---- the tokenizer ----------------------------------------------------------------------------------
@@ -509,8 +651,10 @@ class Tokenizer:
 
 
 def read_text(path: str | os.PathLike, name: str | None = None) -> str:
-    """The text of a file in UTF-8; raises `Problem`."""
+    """The text of a file in UTF-8, of at most a gigabyte; raises `Problem`."""
     try:
+        if os.path.getsize(path) > MAX_TEXT:
+            raise Problem(f"{name or path}: over {size(MAX_TEXT)}")
         return Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise Problem(f"{name or path}: {getattr(error, 'strerror', None) or 'not text in UTF-8'}") from None
@@ -603,6 +747,7 @@ class Batch(NamedTuple):
     epoch: int
     second: tuple[np.ndarray, np.ndarray] | None = None  # ids and lengths of the second side, where there is one
     labels: np.ndarray | None = None  # (B,) int64, IGNORE in rows that only fill up
+    tokens: tuple[int, ...] = ()  # real ones of each side, over all ranks
 
     def pieces(self, count: int) -> list["Batch"]:
         """At most `count` batches of equally many rows, the last perhaps of fewer."""
@@ -676,8 +821,15 @@ def as_it_is(pool):
     return pool
 
 
+class Read(NamedTuple):
+    """What one of several ranks has read of a pool: its samples' lengths (n, k) and, one after the other, their ids."""
+    key: tuple[int, int]  # (epoch, pool)
+    lengths: np.ndarray
+    ids: np.ndarray
+
+
 class Batches(Dataset):
-    """Batches of samples in a reproducible order.
+    """Batches of samples in a reproducible order, the same for any number of ranks.
 
     Args:
         samples: any function (record, epoch) -> ids, as `Samples`, or -> two rows of ids.
@@ -685,16 +837,17 @@ class Batches(Dataset):
         batch: samples a batch, over all ranks.
         lengths: the static lengths, from `choose_lengths`.
         seed: of the order; None keeps that of `records`, as evaluation wants it.
-        rank, world: this process takes rows rank, rank + world, ... of each batch.
         labels: of all records, int64.
-    `len()` is the number of batches an epoch; the last is filled up with empty rows.
+    `len()` is the number of batches an epoch; the last is filled up with empty rows. Of W ranks, rank r gets the rows
+    r, r + W, ... of each batch, filled up to equally many. It reads and tokenises the samples r, r + W, ... of a pool,
+    since where a sample belongs is known only when all lengths are; then each sample goes to its rank.
     """
     POOL = 50
 
     def __init__(self, samples: Callable, records: np.ndarray, batch: int, lengths: list[int], pad: int,
-                 seed: int | None = None, rank: int = 0, world: int = 1, labels: np.ndarray | None = None):
+                 seed: int | None = None, labels: np.ndarray | None = None):
         self.samples, self.records, self.batch, self.pad, self.labels = samples, records, batch, pad, labels
-        self.lengths, self.seed, self.rank, self.world = np.array(lengths), seed, rank, world
+        self.lengths, self.seed, self.rank, self.world = np.array(lengths), seed, rank(), world()
         self.order = None, None
 
     def __len__(self) -> int:
@@ -709,21 +862,31 @@ class Batches(Dataset):
                 np.random.default_rng((self.seed, epoch)).shuffle(order)
             self.order = epoch, order
         width = self.POOL * self.batch
-        return self.order[1][pool * width:(pool + 1) * width]
+        return self.order[1][pool * width:(pool + 1) * width].astype(np.int64)
 
-    def __getitem__(self, key: tuple[int, int]) -> list[Batch] | Problem:
-        """The batches of pool `key` = (epoch, pool). A `Problem` is returned: raised, it would lose its form."""
+    def __getitem__(self, key: tuple[int, int]) -> "list[Batch] | Read | Problem":
+        """The batches of pool `key` = (epoch, pool); of several ranks what this one reads, for `exchange`.
+
+        A `Problem` is returned: raised, it would lose its form between processes.
+        """
         epoch, pool = key
         try:
-            records = self.records_of(epoch, pool).astype(np.int64)
-            samples = [sides(self.samples(int(record), epoch)) for record in records]
+            samples = [sides(self.samples(int(record), epoch))
+                       for record in self.records_of(epoch, pool)[self.rank::self.world]]
         except Problem as problem:
             return problem
-        order = self.by_length(np.array([list(map(len, rows)) for rows in samples]))
+        lengths = np.array([list(map(len, rows)) for rows in samples] or np.empty((0, 1)), int)
+        if self.world > 1:
+            return Read(key, lengths, np.array([*itertools.chain(*itertools.chain(*samples))], np.int32))
+        return self.collate(key, samples, lengths, self.groups(key, lengths))
+
+    def groups(self, key: tuple[int, int], lengths: np.ndarray) -> list[np.ndarray]:
+        """Which samples of a pool, that have so many tokens a side (n, k), make up each of its batches."""
+        order = self.by_length(lengths)
         groups = [order[i:i + self.batch] for i in range(0, len(order), self.batch)]
         if self.seed is not None:
-            np.random.default_rng((self.seed, epoch, pool)).shuffle(groups)
-        return [self.collate([samples[i] for i in group], records[group], epoch) for group in groups]
+            np.random.default_rng((self.seed, *key)).shuffle(groups)
+        return groups
 
     def by_length(self, lengths: np.ndarray) -> np.ndarray:
         """The order in which samples with so many tokens a side, (n, k), are cut into batches with little padding."""
@@ -735,19 +898,55 @@ class Batches(Dataset):
         run[order] = np.arange(len(order)) // (7 * self.batch)
         return np.lexsort((-lengths.max(1), -lengths.min(1), run))
 
-    def collate(self, samples: list[tuple[list[int], ...]], records: np.ndarray, epoch: int) -> Batch:
-        """One rank's share of a batch."""
-        share, fill = slice(self.rank, None, self.world), self.batch - len(records)
-        (ids, lengths), *second = [tuple(array[share] for array in self.pad_rows(rows)) for rows in zip(*samples)]
-        labels = None
-        if self.labels is not None:
-            labels = np.pad(self.labels[records], (0, fill), constant_values=IGNORE)[share]
-        return Batch(ids, lengths, np.pad(records, (0, fill))[share], epoch, second[0] if second else None, labels)
+    def exchange(self, read: "Read | Problem") -> list[Batch]:
+        """Give the samples that this rank has read to the ranks whose rows they are; this rank's batches of the pool.
 
-    def pad_rows(self, rows: Iterable[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-        """ids (B, L) and lengths (B,), both int32, L being the static length that the longest row needs."""
-        L = self.lengths[np.searchsorted(self.lengths, max(map(len, rows)))]
-        ids, lengths = np.full((self.batch, L), self.pad, np.int32), np.zeros(self.batch, np.int32)
+        Raises, on every rank, the `Problem` that one of them met.
+        """
+        parts = gather(read if isinstance(read, Problem) else read.lengths)
+        share_problem(next((part for part in parts if isinstance(part, Problem)), None))
+        n = sum(map(len, parts))
+        lengths = np.empty((n, max(part.shape[1] for part in parts)), int)
+        for reader, part in enumerate(parts):
+            lengths[reader::self.world] = part
+        groups, tokens = self.groups(read.key, lengths), lengths.sum(1)
+        reader, owner = np.arange(n) % self.world, np.empty(n, int)
+        for group in groups:
+            owner[group] = np.arange(len(group)) % self.world
+        # what goes from one rank to another goes in the order of the pool
+        given, taken = np.flatnonzero(reader == self.rank), np.flatnonzero(owner == self.rank)
+        rows = np.split(read.ids, np.cumsum(tokens[given])[:-1])
+        sent = [rows[i] for i in np.argsort(owner[given], kind="stable")]
+        taken = taken[np.argsort(reader[taken], kind="stable")]
+        received = torch.empty(tokens[taken].sum(), dtype=torch.int32)
+        dist.all_to_all_single(
+            received, torch.from_numpy(np.concatenate([*sent, np.empty(0, np.int32)])),
+            np.bincount(reader[taken], tokens[taken], self.world).astype(int).tolist(),
+            np.bincount(owner[given], tokens[given], self.world).astype(int).tolist())
+        samples = {i: np.split(row, np.cumsum(lengths[i])[:-1])
+                   for i, row in zip(taken, np.split(received.numpy(), np.cumsum(tokens[taken])[:-1]))}
+        return self.collate(read.key, samples, lengths, groups)
+
+    def collate(self, key: tuple[int, int], samples, lengths: np.ndarray, groups: list[np.ndarray]) -> list[Batch]:
+        """This rank's share of a pool's batches; all of its samples have so many tokens a side, (n, k)."""
+        epoch, records, size = key[0], self.records_of(*key), -(-self.batch // self.world)
+        batches = []
+        for group in groups:
+            own = group[self.rank::self.world]
+            fill = size - len(own)
+            (ids, counts), *second = [self.pad_rows([samples[i][side] for i in own], size, lengths[group, side].max())
+                                      for side in range(lengths.shape[1])]
+            labels = None
+            if self.labels is not None:
+                labels = np.pad(self.labels[records[own]], (0, fill), constant_values=IGNORE)
+            batches.append(Batch(ids, counts, np.pad(records[own], (0, fill)), epoch, second[0] if second else None,
+                                 labels, tuple(lengths[group].sum(0).tolist())))
+        return batches
+
+    def pad_rows(self, rows: list, size: int, longest: int) -> tuple[np.ndarray, np.ndarray]:
+        """ids (size, L) and lengths (size,), both int32, L being the static length that the longest row needs."""
+        L = self.lengths[np.searchsorted(self.lengths, longest)]
+        ids, lengths = np.full((size, L), self.pad, np.int32), np.zeros(size, np.int32)
         for i, row in enumerate(rows):
             ids[i, :len(row)], lengths[i] = row, len(row)
         return ids, lengths
@@ -775,6 +974,8 @@ class Batches(Dataset):
         pending = iter(loader)
         try:
             for pool in pending:
+                if self.world > 1:
+                    pool = self.exchange(pool)
                 if isinstance(pool, Problem):
                     raise pool
                 for batch in pool:
@@ -1113,14 +1314,15 @@ def prediction_task(name: str) -> Benchmark:
                          text=tuple(dict.fromkeys(task.text + TEXT_FIELDS)))
 
 
-def prediction_sources(paths: Iterable[str], name: str) -> Iterator[tuple[str, Source, set[str]]]:
+def prediction_sources(paths: Iterable[str], name: str,
+                       longest: int = MAX_LINE) -> Iterator[tuple[str, Source, set[str]]]:
     """(name, JSONL, fields not to print) of each thing to predict for; a source file becomes a line of JSONL."""
     kind = TASKS[name].kind
     for path in map(str, paths):
         language = LANGUAGES.get(os.path.splitext(path)[1].lower())
         folder = os.path.isdir(path) and any(source_files([path]))
         if path == "-" or language is None and not folder:
-            for source in find_sources([path]):
+            for source in find_sources([path], longest):
                 yield source.name, source, set()
             continue
         if kind in ("pair", "retrieval") or kind == "tag" and language not in ("python", None):
@@ -1186,12 +1388,14 @@ class Reader:
         name, path: the task; a folder with its files, or its one file.
         wanted: the splits to read; `required` are those that must be there.
         labels: of the model, where there is one; else they are the task's or those of the training split.
-        limit, skip_bad: as for a corpus.
+        limit, skip_bad, longest: as for a corpus.
     `sources` are the files read, `labels` the labels in order, `bad` counts the lines passed over. Raises `Problem`.
     """
 
     def __init__(self, name: str, path: str, wanted: Iterable[str] = SPLITS, required: Iterable[str] = SPLITS[:2],
-                 labels: list[str] | None = None, limit: int | None = None, skip_bad: bool = False):
+                 labels: list[str] | None = None, limit: int | None = None, skip_bad: bool = False,
+                 longest: int = MAX_LINE):
+        self.longest = longest
         self.name, self.path, self.task, self.limit, self.skip_bad = name, Path(path), TASKS[name], limit, skip_bad
         self.wanted, self.required, self.bad, self.notes = list(wanted), required, 0, ""
         self.sources: dict[str, Source] = {}
@@ -1233,7 +1437,7 @@ class Reader:
             raise self.expected(f"{path}: no such file")
         if not path.is_file():
             raise Problem(f"{path} is no plain file: a benchmark is read more than once")
-        source = open_source(str(path))
+        source = open_source(str(path), self.longest)
         self.sources[source.name] = source
         return source
 
@@ -1255,10 +1459,11 @@ class Reader:
         if not (self.path / file).exists():
             return []
         source, found = self.open(file), []
-        for number, _offset, line in lines(source.path):
+        for number, _offset, line in lines(source.path, source.longest):
             if len(found) == self.limit:
                 break
             try:
+                check_length(line, source.longest)
                 row = parse(number, line.decode("utf-8-sig", "replace").rstrip("\r\n").split("\t"))
             except BadLine as error:
                 self.bad_line(source, number, error)
@@ -1389,7 +1594,7 @@ class Reader:
             raise Problem(f"{source.name}: not JSON as published: {error}") from None
         # a line an element, so that file:line tells which one
         path = spool_lines(function | {"idx": i} for i, function in enumerate(functions))
-        records, numbers = self.named(Source(source.name, path, ""), self.task.code, "code", "idx")
+        records, numbers = self.named(Source(source.name, path, "", source.longest), self.task.code, "code", "idx")
 
         def parse(_number: int, fields: list[str]) -> tuple[int, int]:
             if fields[0].strip() not in numbers:
@@ -1492,13 +1697,14 @@ class Reader:
         if not os.path.getsize(path):
             raise Problem(f"{questions.name}: none of its questions has an answer in {answers.name}")
         self.notes = "each question with its best-scored answer"
-        return Source(questions.name, path, "")
+        return Source(questions.name, path, "", questions.longest)
 
     def csv_rows(self, source: Source, *columns: str) -> Iterator[tuple[int, list[str]]]:
         """(line number, those columns) of each row."""
-        csv.field_size_limit(1 << 27)
+        csv.field_size_limit(source.longest)
         with open(source.path, encoding="latin-1", newline="") as file:
-            rows = csv.reader(progress(file, desc=f"reading {source.name}", unit=" lines"), strict=True)
+            pieces = iter(partial(file.readline, source.longest + 1), "")
+            rows = csv.reader(progress(pieces, desc=f"reading {source.name}", unit=" lines"), strict=True)
             try:
                 header = next(rows, [])
                 header[:1] = [column.removeprefix("\xef\xbb\xbf") for column in header[:1]]  # a byte order mark

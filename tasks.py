@@ -11,6 +11,7 @@ and, if it is fine-tuned,
 Any encoder will do that has `config` (a dict with `d` and `vocab`), `embedding`, `compile_parts()`, and maps ids
 (B, L) and lengths (B,), or None where every token is real, to hidden states (B, L, d).
 """
+import atexit
 import errno
 import fcntl
 import itertools
@@ -18,27 +19,35 @@ import json
 import math
 import os
 import signal
+import sys
 import time
+import uuid
 import warnings
 import zipfile
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
+from datetime import timedelta
 from functools import partial
 from typing import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.functional import cross_entropy, gelu, linear, normalize
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as checkpointed
 
 import data
-from data import IGNORE, TASKS, Batch, Batches, Problem, Split, Tokenizer, progress, say
+from data import (IGNORE, TASKS, Batch, Batches, Problem, Split, Tokenizer, gather, lead, progress, say, together,
+                  world)
 
 FORMAT = "codessm 1"
 WEIGHT_DECAY = 0.01
 SAVE_SECONDS = 300
 LOG_STEPS = 50
 PAYS = 100  # batches a length
+FAILING = 20  # steps in a row whose loss is no number
 
 
 def initialise(linear: nn.Linear, d: int) -> nn.Linear:
@@ -113,7 +122,7 @@ class MLM(nn.Module):
         total, run = torch.zeros(3, dtype=torch.float64), inference(self, self.sums)
         for batch in batches:
             total += run(self.prepare(batch)[0]).cpu().double()
-        return total
+        return summed(total)
 
     def metrics(self, outputs: torch.Tensor, _split: Split | None = None) -> dict[str, float]:
         """Loss in nats a predicted token, accuracy, perplexity = exp(loss)."""
@@ -153,12 +162,12 @@ def pool(encoder: nn.Module, ids: torch.Tensor, lengths: torch.Tensor | None = N
 
 def embed(task: nn.Module, batches: Iterable[Batch], split: Split) -> torch.Tensor:
     """`pool` of each distinct item of a split, in their order: (items, d) float32 on the CPU."""
-    table, run = torch.empty(len(split.distinct), task.encoder.config["d"]), inference(task, partial(pool, task.encoder))
+    table, run = torch.zeros(len(split.distinct), task.encoder.config["d"]), inference(task, partial(pool, task.encoder))
     for batch in batches:
         real = batch.lengths > 0
         rows = run(to_tensors(ids=batch.ids, lengths=batch.lengths))
         table[np.searchsorted(split.distinct, batch.records[real])] = rows[torch.from_numpy(real)].cpu()
-    return table
+    return summed(table)  # each row is one rank's
 
 
 def head(wide: int, d: int, classes: int) -> nn.Sequential:
@@ -245,14 +254,34 @@ def classify(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return torch.stack([loss, correct.sum().float(), (targets != IGNORE).sum().float()])
 
 
+class Gather(torch.autograd.Function):
+    """The rows of all ranks, (W B, ...) in the order of the ranks, of those that each has, (B, ...).
+
+    What a rank's rows did to the losses of all ranks flows back to them.
+    """
+
+    @staticmethod
+    def forward(_ctx, rows: torch.Tensor) -> torch.Tensor:
+        if world() == 1:
+            return rows.view_as(rows)
+        parts = [torch.empty_like(rows) for _ in range(world())]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(_ctx, gradient: torch.Tensor) -> torch.Tensor:
+        return summed(gradient.contiguous()).chunk(world())[data.rank()]
+
+
 class Retrieval(nn.Module):
     """Code for a text: a bi-encoder with in-batch negatives and a learned temperature.
 
         q, c = pool(text), pool(code), normalised     logits = q c^T exp(s)     s from log(1 / 0.07) to at most log 100
 
     The cross-entropy is that of each text over the codes of the batch, as in InfoNCE (van den Oord et al. 2018); a
-    code that is the same item as a text's own, or that of an equal text, is no negative. As the rows of a batch depend
-    on each other, --accumulate cuts only the encoding into pieces and encodes each again for its gradients.
+    code that is the same item as a text's own, or that of an equal text, is no negative; of several ranks the codes are
+    those of all. As the rows of a batch depend on each other, --accumulate cuts only the encoding into pieces and
+    encodes each again for its gradients.
     """
     coupled, pieces = True, 1
 
@@ -274,14 +303,14 @@ class Retrieval(nn.Module):
 
     def sums(self, ids, labels, ids2, lengths=None, lengths2=None) -> torch.Tensor:
         """(summed cross-entropy in nats, texts whose own code comes first, texts), float32 (3,)."""
-        q, c = self.embed(ids, lengths), self.embed(ids2, lengths2)
+        q, c = self.embed(ids, lengths), Gather.apply(self.embed(ids2, lengths2))
         with torch.autocast(q.device.type, enabled=False):
             logits = q @ c.T * self.scale.clamp(max=math.log(100)).exp()
-        own = torch.eye(len(q), dtype=torch.bool, device=q.device)
-        empty = labels == IGNORE
-        same = (labels[:, None] == labels) | (ids[:, None] == ids).all(-1)
-        logits = logits.masked_fill((same | empty) & ~own, -math.inf)
-        return classify(logits, torch.where(empty, IGNORE, torch.arange(len(q), device=q.device)))
+        own = torch.arange(len(q), device=q.device) + data.rank() * len(q)
+        every_label, every_text = Gather.apply(labels), Gather.apply(ids)
+        same = (labels[:, None] == every_label) | (ids[:, None] == every_text).all(-1) | (every_label == IGNORE)
+        logits = logits.masked_fill(same & (own[:, None] != torch.arange(len(c), device=q.device)), -math.inf)
+        return classify(logits, torch.where(labels == IGNORE, IGNORE, own))
 
     def outputs(self, batches: Iterable[Batch], split: Split) -> tuple[np.ndarray, np.ndarray]:
         """The rank from 1 of each query's first right candidate, and its best 100: (Q,) and (Q, 100) positions."""
@@ -391,7 +420,7 @@ class Tagging(nn.Module):
             for window, *found in zip(batch.records, np.split(gold[gold != IGNORE], ends), np.split(predicted, ends)):
                 if len(found[0]):
                     windows[window] = tuple(found)
-        return windows
+        return [next(filter(None, found), None) for found in zip(*gather(windows))]
 
     def predict(self, ids, targets, where, lengths=None) -> torch.Tensor:
         """The numbers of the best labels, -1 of none; few logits at a time, as every word may be asked for."""
@@ -497,6 +526,7 @@ def evaluate(task: nn.Module, batches: Batches, split: Split | None = None, work
              eagerly: bool | None = None) -> tuple[dict[str, float], object]:
     """(metrics, outputs) of the task on a split whose items come in `batches`; `watch` may raise to stop it.
 
+    Each rank runs its share, and all of them get the same.
     A compiled task is run `eagerly` where compiling for evaluation would not pay, unless that is given.
     """
     task.eval()
@@ -506,7 +536,87 @@ def evaluate(task: nn.Module, batches: Batches, split: Split | None = None, work
           closing(batches.stream(stop=len(batches), workers=workers)) as stream):
         outputs = task.outputs(progress(watch(stream), total=len(batches), desc="evaluating", unit=" batches",
                                         unit_scale=False, leave=False), split)
-    return task.metrics(outputs, split), outputs
+    return lead(partial(task.metrics, outputs, split)), outputs
+
+
+# ---- many processes ---------------------------------------------------------------------------------
+
+def join() -> None:
+    """Join the processes that `torchrun` (or whatever sets its variables) has started; raises `Problem`.
+
+    Objects and CPU tensors travel by gloo, those of GPUs by NCCL. A rank that waits this long for another gives up.
+    """
+    wait = timedelta(minutes=30)
+    try:
+        store, number, count = next(rendezvous("env://", timeout=wait))
+        with_gpus = torch.cuda.is_available() and dist.is_nccl_available()
+        dist.init_process_group("cpu:gloo,cuda:nccl" if with_gpus else "gloo", timeout=wait, rank=number,
+                                world_size=count, store=dist.PrefixStore(meet(store, number, count, wait), store))
+    except (ValueError, RuntimeError) as error:
+        raise Problem(f"the {os.environ['WORLD_SIZE']} processes could not reach each other "
+                      f"({str(error).splitlines()[0][:200]}): start them with torchrun", 1) from None
+
+
+def meet(store: dist.Store, number: int, count: int, wait: timedelta) -> str:
+    """A name for this meeting of the ranks, new to the store; raises RuntimeError.
+
+    When torchrun starts its processes again, they find in the store what those before them have left, and would look
+    for each other where these have been (pytorch/pytorch#135712). So each brings a token of its own, and rank 0, which
+    may first see an old one, answers until each rank has the answer to its own.
+    """
+    mine, late = uuid.uuid4().hex, time.monotonic() + wait.total_seconds()
+    if number > 0:
+        store.set(f"token {number}", mine)
+        name = store.get(f"answer {mine}").decode()
+        store.set(f"{name} {number}", "here")
+        return name
+    absent = set(range(1, count))
+    while absent:
+        for other in list(absent):
+            if store.check([f"token {other}"]):
+                store.set("answer " + store.get(f"token {other}").decode(), mine)
+            if store.check([f"{mine} {other}"]):
+                absent.remove(other)
+        if time.monotonic() > late:
+            raise RuntimeError(f"{len(absent)} did not come")
+        time.sleep(0.01)
+    return mine
+
+
+def leave(code: int) -> None:
+    """End this process, if it is one of several, without taking down what joined them.
+
+    As it goes down a thread of gloo is at times still there, which aborts the process after all is done.
+    """
+    if world() > 1:
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(code)
+
+
+def lost(error: Exception) -> bool:
+    """Whether it is how another rank's end shows."""
+    return world() > 1 and (isinstance(error, dist.DistError) or any(
+        said in str(error) for said in ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL")))
+
+
+def summed(tensor: torch.Tensor, operation=dist.ReduceOp.SUM) -> torch.Tensor:
+    """The tensor, which now is the sum over all ranks."""
+    if world() > 1:
+        dist.all_reduce(tensor, operation)
+    return tensor
+
+
+class Sums(nn.Module):
+    """`compute(task, tensors)` as the module that is run in parallel."""
+
+    def __init__(self, task: nn.Module):
+        super().__init__()
+        self.task = task
+
+    def forward(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+        return compute(self.task, tensors)
 
 
 # ---- devices ----------------------------------------------------------------------------------------
@@ -617,45 +727,71 @@ def inference(task: nn.Module, function: Callable) -> Recorder:
 
 
 class Stepper:
-    """Optimizer steps: `Stepper(...)(batch)` takes one and returns the detached sums of its pieces, added up.
+    """Optimizer steps: `Stepper(...)(batch)` takes one and returns the detached sums over its pieces and all ranks.
+
+    A step whose loss or gradient is not finite changes nothing, and its summed loss is returned as NaN.
 
     Args:
-        accumulate: cut each batch into so many pieces; the gradients are the same sums.
-        graphs: record steps (`Recorder`). Not of tagging, whose batches differ in the number of labelled words.
+        accumulate: cut each batch into so many pieces; the gradients are the same sums, and travel once a step.
+        graphs: record steps (`Recorder`). Not of tagging, whose batches differ in the number of labelled words, nor of
+            several processes, whose batches are large and whose gradients travel while others are being computed.
     """
 
     def __init__(self, task: nn.Module, optimizer: torch.optim.Optimizer, accumulate: int = 1, graphs: bool = False):
         self.task, self.optimizer, self.accumulate = task, optimizer, accumulate
-        self.recorder = Recorder(lambda tensors: self.step([tensors]), next(task.parameters()).device,
-                                 graphs and accumulate == 1 and not isinstance(task, Tagging))
+        self.device, self.ordered = next(task.parameters()).device, world() == 1
+        self.recorder = Recorder(lambda tensors: self.step([tensors]), self.device,
+                                 graphs and accumulate == 1 and not isinstance(task, Tagging) and world() == 1)
         if self.recorder.wanted:
             for group in optimizer.param_groups:
                 group["capturable"] = True
+        self.sums = Sums(task)
+        if world() > 1:
+            torch._dynamo.config.optimize_ddp = False  # it would cut the layers, which are compiled as they are
+            self.sums = DistributedDataParallel(self.sums, gradient_as_bucket_view=True)
 
     def __call__(self, batch: Batch) -> torch.Tensor:
         coupled = self.task.coupled
         if coupled:
             self.task.pieces = self.accumulate
         pieces = [self.task.prepare(piece) for piece in ([batch] if coupled else batch.pieces(self.accumulate))]
-        return self.take([tensors for tensors, _ in pieces], sum(count for _, count in pieces))
+        count = summed(torch.tensor(sum(count for _, count in pieces))).item()
+        return self.take([tensors for tensors, _ in pieces], count)
 
     def take(self, pieces: list[dict[str, torch.Tensor]], count: int) -> torch.Tensor:
-        """A step on what `task.prepare` made of the pieces, counting `count`."""
-        share = torch.tensor(1 / max(1, count))  # of the summed loss in the mean one
+        """A step on what `task.prepare` made of the pieces, which count `count` over all ranks."""
+        share = torch.tensor(world() / max(1, count))  # of the summed loss in the mean one, of which ranks take means
         pieces = [tensors | {"share": share} for tensors in pieces]
         return self.recorder(pieces[0]) if len(pieces) == 1 else self.step(pieces)
 
     def step(self, pieces: list[dict[str, torch.Tensor]]) -> torch.Tensor:
-        """Backward through each piece, then one update; the sums (3,) of all pieces."""
-        total = 0
+        """Backward through each piece, then one update; the sums (3,) over all pieces and ranks."""
         self.optimizer.zero_grad(set_to_none=True)  # a recording that failed may have left some
-        for tensors in pieces:
-            sums = compute(self.task, {name: tensor for name, tensor in tensors.items() if name != "share"})
-            (sums[0] * to_device(tensors["share"], sums.device)).backward()
-            total = total + sums.detach()
-        nn.utils.clip_grad_norm_(self.task.parameters(), 1.0)
-        self.optimizer.step()
+        if not self.ordered:
+            # after its first pass DDP orders its buckets anew, and with them the sums of more than two ranks:
+            # done before the first step, a resumed run computes the very same
+            self.ordered = True
+            with torch.random.fork_rng([self.device] * (self.device.type == "cuda")):
+                self.backward(pieces)
+            self.optimizer.zero_grad(set_to_none=True)
+        total = summed(self.backward(pieces))
+        norm = nn.utils.clip_grad_norm_(self.task.parameters(), 1.0)
+        finite = (norm + total[0]).isfinite()
+        if self.optimizer.defaults.get("fused"):  # it reads this where it runs: nothing waits
+            self.optimizer.found_inf = (~finite).float()
+        if self.optimizer.defaults.get("fused") or finite:
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        return torch.where(finite, total, math.nan)
+
+    def backward(self, pieces: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+        """Add up the gradients of all pieces and ranks; the sums (3,) over the pieces of this rank."""
+        total = 0
+        for i, tensors in enumerate(pieces, 1):
+            with self.sums.no_sync() if world() > 1 and i < len(pieces) else nullcontext():
+                sums = self.sums({name: tensor for name, tensor in tensors.items() if name != "share"})
+                (sums[0] * to_device(tensors["share"], sums.device)).backward()
+            total = total + sums.detach()
         return total
 
 
@@ -684,6 +820,21 @@ def write(path: str | os.PathLike, content: dict) -> None:
         raise Problem(f"could not write {path}: {reason}; {old}. Make room, then go on", 1) from None
 
 
+def fits(tensors: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Raise ValueError unless these are dense float tensors of the names and shapes expected.
+
+    They take no more memory than the file that they are from: a few bytes can spell a tensor of any size.
+    """
+    if tensors.keys() != expected.keys():
+        raise ValueError
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or not tensor.is_floating_point() or tensor.shape != expected[name].shape:
+            raise ValueError
+    storages = {storage.data_ptr(): storage.nbytes() for storage in (t.untyped_storage() for t in tensors.values())}
+    if sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) > sum(storages.values()):
+        raise ValueError
+
+
 def unpickle(path: str | os.PathLike) -> object:
     """What `torch.save` wrote, on the CPU; None where that cannot be read. Runs no code of it; raises `Problem`."""
     try:
@@ -691,6 +842,10 @@ def unpickle(path: str | os.PathLike) -> object:
     except OSError as error:
         raise Problem(f"{path}: {error.strerror}") from None
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as file:  # compressed, a small file could fill the memory; torch compresses nothing
+                if sum(part.file_size for part in file.infolist()) > os.path.getsize(path):
+                    raise ValueError
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # torch raises whatever the bytes lead it to
         return None
@@ -710,12 +865,19 @@ class Output:
     A context: inside it, the run holds a lock on the metrics log, which the kernel releases if the process dies.
     Nothing that was there is touched before `begin`. Raises `Problem` where the run could not write, another
     run is writing, or a file would be overwritten that is no earlier run's, or a finished one's and not `restart`.
+    Of several ranks, rank 0 alone reads and writes them: they are on its host.
     """
 
     def __init__(self, path: str, restart: bool = False):
         self.path, self.state_path, self.log_path, self.restart = path, f"{path}.state", f"{path}.jsonl", restart
+        with together():
+            if data.rank() == 0:
+                self.claim()
+
+    def claim(self) -> None:
+        """Check that the run may write here, and take the lock."""
         self.check_finished()
-        data.check_writable(path)
+        data.check_writable(self.path)
         data.check_writable(self.log_path)
         if os.path.exists(self.log_path) and not data.is_log(self.log_path):
             raise Problem(f"{self.log_path} is where the metrics would go, and it is something else: give another -o")
@@ -723,7 +885,7 @@ class Output:
             self.log = open(self.log_path, "ab", buffering=0)
             fcntl.flock(self.log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise Problem(f"another run is writing {path}: wait for it, or give another -o") from None
+            raise Problem(f"another run is writing {self.path}: wait for it, or give another -o") from None
         except OSError as error:
             raise Problem(f"cannot write {self.log_path}: {error.strerror}") from None
         self.check_finished()  # by a run that held the lock until now
@@ -740,22 +902,44 @@ class Output:
         return self
 
     def __exit__(self, *_):
+        if data.rank() > 0:
+            return
         if os.fstat(self.log.fileno()).st_size == 0:  # it came to nothing
             os.remove(self.log_path)
         self.log.close()
 
     def resume(self, settings: dict) -> dict | None:
-        """The state to go on from, None to start anew; a `Problem` where it has other settings."""
+        """The state to go on from, None to start anew; a `Problem` where it has other settings.
+
+        Each rank gets it, but for the best weights, which are rank 0's to keep.
+        """
+        best: list = [None]
+
+        def rest() -> dict | None:
+            state = self.read_state(settings)
+            if state:
+                best[0], state["best"] = state["best"], bool(state["best"])
+            return state
+
+        state = lead(rest)
+        if state and state["best"]:
+            state["best"] = best[0] or {}
+        return state
+
+    def read_state(self, settings: dict) -> dict | None:
         piped = "-" in settings["corpus"].values()
         self.advice = ("it serves as a checkpoint; what was read from a pipe cannot be read again to go on from it"
                        if piped else "the same command goes on from it")
-        if not os.path.exists(self.state_path) or self.restart:
+        # a run that torchrun starts again, because a process died, goes on from what it has saved itself
+        again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        if not os.path.exists(self.state_path) or self.restart and not again:
             if self.restart:
                 self.advice = self.advice.replace("the same command", "the same command without --restart")
             return None
         state = read(self.state_path)
-        kinds = dict(settings=dict, tokenizer=str, step=int, evaluated=int, tokens=int, log=int, window=list)
-        if not all(isinstance(state.get(name), kind) for name, kind in kinds.items()) \
+        kinds = dict(settings=dict, tokenizer=str, step=int, evaluated=int, tokens=int, log=int, window=list,
+                     best=(dict, type(None)), processes=int, skipped=int, failing=int)
+        if not all(isinstance(state.get(name), kind) for name, kind in kinds.items()) or "best" not in state \
                 or not isinstance(state["settings"].get("corpus"), dict):
             raise Problem(f"{self.state_path} is no state of a run: give another -o, or --restart to replace it")
         theirs, ours = (s | {f"corpus {name}": mark for name, mark in s["corpus"].items()} | {"corpus": None}
@@ -772,14 +956,21 @@ class Output:
 
     def begin(self, state: dict | None) -> None:
         """Cut the log back to the state, or empty it and discard what an earlier run left."""
+        if data.rank() > 0:
+            return
         self.log.truncate(min(state["log"] if state else 0, os.path.getsize(self.log_path)))
         if not state and os.path.exists(self.state_path):
             os.remove(self.state_path)
 
     def record(self, **values) -> None:
         """A line in the metrics log; a `Problem` where it cannot be written or a value is not finite."""
-        if not all(math.isfinite(value) for value in values.values()):
-            raise Problem(f"the loss is no longer a number at step {values['step']:,}: try a lower --lr", 1)
+        with together():
+            if not all(math.isfinite(value) for value in values.values()):
+                raise Problem(f"the loss is no longer a number at step {values['step']:,}: try a lower --lr", 1)
+            if data.rank() == 0:
+                self.write_line(values)
+
+    def write_line(self, values: dict) -> None:
         try:
             line = json.dumps(values).encode() + b"\n"
             if self.log.write(line) < len(line):
@@ -789,6 +980,8 @@ class Output:
 
     def finish(self, content: dict) -> None:
         """Write the checkpoint, then let the state go."""
+        if data.rank() > 0:
+            return
         write(self.path, content)
         for path in (self.state_path, f"{self.state_path}.tmp"):
             if os.path.exists(path):
@@ -802,7 +995,7 @@ class Interrupt(Exception):
 
 
 class Signals:
-    """Notes SIGINT and SIGTERM inside a `with` block; `check()` raises `Interrupt` once one has come."""
+    """Notes SIGINT and SIGTERM inside a `with` block; `check()` raises `Interrupt` once one has come to any rank."""
 
     def __init__(self):
         self.number = None
@@ -816,11 +1009,12 @@ class Signals:
             signal.signal(number, handler)
 
     def note(self, number, _frame):
-        if self.number is None:
+        if self.number is None and data.rank() == 0:
             os.write(2, b"\nstopping after this step, to save first\n")  # print is not safe in a handler
         self.number = number
 
     def check(self):
+        self.number = summed(torch.tensor(self.number or 0), dist.ReduceOp.MAX).item() or None
         if self.number is not None:
             raise Interrupt
 
@@ -876,43 +1070,62 @@ def train(task: nn.Module, batches: Batches, held_out: Batches, output: Output, 
         state: from `output.resume(settings)`: training goes on where that was saved.
         accumulate, graphs: of `Stepper`.
     Raises `Problem`: with exit code 130 or 143 for a SIGINT or SIGTERM, once the state is saved; with 1 where a
-    file cannot be written, the corpus changed, or the loss is no longer finite.
+    file cannot be written, the corpus changed, or the loss is no longer finite: in an evaluation, or in `FAILING`
+    steps in a row, of which none changes the weights.
     """
     device = next(task.parameters()).device
     optimizer = adamw(task, lr)
     stepper = Stepper(task, optimizer, accumulate, graphs)
     log_every = max(1, min(LOG_STEPS, steps // 10))
-    step, evaluated, tokens, window, best = 0, -1, 0, [], None  # best: (metrics, weights)
-    if state:
+    step, evaluated, tokens, window, best = 0, -1, 0, [], None  # best: (metrics, weights), these on rank 0
+    skipped = failing = 0  # steps without a loss in all, and in a row at the end of the last window
+
+    def load_state() -> None:
+        nonlocal step, evaluated, tokens, skipped, failing, window, best
         try:
+            fits(state["weights"], task.state_dict())
             task.load_state_dict(state["weights"])
-            ours = [{name: group[name] for name in ("lr", "capturable", "fused")} for group in optimizer.param_groups]
-            for group, own in zip(state["optimizer"]["param_groups"], ours):  # another device may have saved it
-                group.update(own)
+            for number, parameter in enumerate(itertools.chain(*(g["params"] for g in optimizer.param_groups))):
+                moments = state["optimizer"]["state"].get(number)
+                if moments:  # there are none yet of a run that has taken no step
+                    fits(moments, {"step": torch.empty(()), "exp_avg": parameter, "exp_avg_sq": parameter})
+            for group, own in zip(state["optimizer"]["param_groups"], optimizer.param_groups):
+                group.update((name, value) for name, value in own.items() if name != "params")  # this device's
             optimizer.load_state_dict(state["optimizer"])
-            step, evaluated, tokens = (int(state[name]) for name in ("step", "evaluated", "tokens"))
+            step, evaluated, tokens, skipped, failing = (
+                int(state[name]) for name in ("step", "evaluated", "tokens", "skipped", "failing"))
             window = [sums.to(device) for sums in state["window"]]
-            best = state["best"] and (state["metrics"], state["best"])
-            if not 0 <= step <= steps or best and best[1].keys() != task.state_dict().keys():
+            if not 0 <= step <= steps or any(sums.shape != (3,) for sums in window):
                 raise ValueError
-            task.score(best[0]) if best else None
+            if state["best"] is not False:
+                best = state["metrics"], state["best"]
+                task.score(best[0])
+                if data.rank() == 0:
+                    fits(best[1], task.state_dict())
             torch.set_rng_state(state["random"])
             if device.type == "cuda" and "random_cuda" in state:
                 torch.cuda.set_rng_state(state["random_cuda"], device)
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
             raise Problem(f"{output.state_path} does not fit this run: --restart discards it") from None
+
+    if state:
+        with together():
+            load_state()
     output.begin(state)
     if state:
+        by = f", by {state['processes']} processes, where now there are {world()}" * (state["processes"] != world())
         state.clear()  # the caller's too: it is several times the size of the model
-        say(f"going on from step {step:,} of {steps:,}, saved in {output.state_path}")
+        say(f"going on from step {step:,} of {steps:,}, saved in {output.state_path}{by}")
 
     def save_state() -> None:
+        if data.rank() > 0:
+            return
         os.fsync(output.log.fileno())
         content = checkpoint(task) | {
             "settings": settings, "best": best and best[1], "metrics": best and best[0], "step": step,
-            "optimizer": optimizer.state_dict(), "evaluated": evaluated, "tokens": tokens,
-            "window": [sums.cpu() for sums in window], "log": os.fstat(output.log.fileno()).st_size,
-            "random": torch.get_rng_state()}
+            "optimizer": optimizer.state_dict(), "evaluated": evaluated, "tokens": tokens, "skipped": skipped,
+            "failing": failing, "window": [sums.cpu() for sums in window], "log": os.fstat(output.log.fileno()).st_size,
+            "random": torch.get_rng_state(), "processes": world()}
         if device.type == "cuda":
             content["random_cuda"] = torch.cuda.get_rng_state(device)
         write(output.state_path, content)
@@ -923,7 +1136,8 @@ def train(task: nn.Module, batches: Batches, held_out: Batches, output: Output, 
         try:
             yield
         except Problem:
-            save_state()
+            with together():
+                save_state()
             raise
 
     saved, saving, started, tokens_before = time.monotonic(), 0.0, time.monotonic(), tokens
@@ -941,8 +1155,8 @@ def train(task: nn.Module, batches: Batches, held_out: Batches, output: Output, 
                     output.record(step=step, **{f"valid_{name}": value for name, value in metrics.items()})
                     # not what has learned nothing; of equals the one that has learned longest
                     if step and (best is None or task.score(metrics) >= task.score(best[0])):
-                        weights = {name: w.detach().to("cpu", copy=True) for name, w in task.state_dict().items()}
-                        best = metrics, weights
+                        weights = task.state_dict() if data.rank() == 0 else {}
+                        best = metrics, {name: w.detach().to("cpu", copy=True) for name, w in weights.items()}
                 if step == steps:
                     break
                 task.train()
@@ -953,31 +1167,50 @@ def train(task: nn.Module, batches: Batches, held_out: Batches, output: Output, 
                     group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], torch.Tensor) else rate
                 window.append(stepper(batch))
                 step += 1
-                sides = [batch.lengths] + ([batch.second[1]] if batch.second and not isinstance(task, Tagging) else [])
-                tokens += int(sum(lengths.sum() for lengths in sides))
+                tokens += sum(batch.tokens[:1] if isinstance(task, Tagging) else batch.tokens)
                 bar.update()
 
                 now = time.monotonic()
-                if now - shown > 1:
+                if now - shown > 1 and not bar.disable:
                     shown = now
                     loss, correct, count = window[-1][:3].tolist()
                     bar.set_postfix_str(f"loss {loss / max(count, 1):.3f}, accuracy {correct / max(count, 1):.1%}, "
                                         f"{(tokens - tokens_before) / (now - started):,.0f} tokens/s", False)
                 if step % log_every == 0 or step == steps:
-                    loss, correct, count = torch.stack(window).double().sum(0)[:3].tolist()
-                    output.record(step=step, epoch=round(step / len(batches), 4), loss=loss / max(count, 1),
-                                  accuracy=correct / max(count, 1), lr=rate, tokens=tokens)
-                    window = []
+                    sums = torch.stack(window).double().cpu()
+                    bad = ~sums[:, 0].isfinite()
+                    runs = list(itertools.accumulate(bad.tolist(), lambda run, is_bad: (run + 1) * is_bad,
+                                                     initial=failing))
+                    skipped, failing, window = skipped + int(bad.sum()), runs[-1], []
+                    loss, correct, count = sums[~bad].sum(0).tolist()
+                    output.record(step=step, epoch=round(step / len(batches), 4), lr=rate, tokens=tokens,
+                                  **(dict(loss=loss / count, accuracy=correct / count) if count else {}),
+                                  **(dict(skipped=skipped) if skipped else {}))
+                    if bad.any():
+                        say(f"up to step {step:,}, {skipped:,} steps were skipped: their loss was no number")
+                    if max(runs) >= FAILING:
+                        failing = 0  # the same command tries again
+                        with together():
+                            save_state()
+                            raise Problem(f"the loss was no number in {max(runs)} steps in a row, up to step {step:,}: "
+                                          f"try a lower --lr. {output.state_path} has the weights from before, and "
+                                          "serves as a checkpoint", 1)
                 signals.check()
                 # at the end of an epoch too, unless epochs are so short that saving would take a 20th of the time
                 if now - saved > (20 * saving if step % len(batches) == 0 else max(SAVE_SECONDS, 20 * saving)):
                     save_state()
                     saved = time.monotonic()
                     saving = saved - now
-            output.finish(checkpoint(task, best[1]))
+            with together():
+                output.finish(checkpoint(task, best[1]))
         except Interrupt:
-            save_state()
-            raise Problem(f"interrupted at step {step:,} of {steps:,}: the state is saved in {output.state_path}; "
-                          f"{output.advice}", 128 + signals.number) from None
-    task.load_state_dict(best[1])
+            with together():
+                save_state()
+                raise Problem(f"interrupted at step {step:,} of {steps:,}: the state is saved in {output.state_path}; "
+                              f"{output.advice if data.rank() == 0 else ''}", 128 + signals.number) from None
+    if data.rank() == 0:
+        task.load_state_dict(best[1])
+    if world() > 1:
+        for weight in task.state_dict().values():
+            dist.broadcast(weight, 0)
     return best[0]

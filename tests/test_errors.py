@@ -139,10 +139,12 @@ def test_options(small, args, message):
     assert code == 2 and message in said and os.listdir() == ["small.jsonl"]
 
 
-def test_several_processes_are_refused(small, monkeypatch):
+def test_what_runs_in_one_process(small, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
+    code, said = cli("corpus", small)
+    assert code == 2 and "corpus runs in one process: start it without torchrun" in said
     code, said = cli("pretrain", small, *TINY)
-    assert code == 2 and "trains in one process" in said
+    assert code == 1 and "the 2 processes could not reach each other" in said and "start them with torchrun" in said
 
 
 def test_corpus_command(small):

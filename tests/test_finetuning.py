@@ -15,7 +15,7 @@ import data
 import tasks
 from codessm import Encoder
 from conftest import TINY, cli, program, wait_for, write_lines
-from data import Batch, Split
+from data import Split
 
 SCRATCH = ["--size", "tiny", "--vocab", "300", "--ctx", "32", "--workers", "0"]
 

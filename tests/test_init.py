@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import codessm
-import data
 import tasks
 from codessm import MODELS, Encoder, Weights
 from conftest import TINY, cli
@@ -108,7 +107,7 @@ def test_from_bigs_weights_it_computes_what_bigs_does(model, nest, tokenizer, tm
             ours = task.logits(task.encoder(ids))[0].double().numpy()
         assert np.abs(ours - expected).max() < 1e-5 * np.abs(expected).max()
     random = "layers 0-1 (local.0.bias, local.0.weight, local.1.bias, local.1.weight)" if "hf" in model else "nothing"
-    assert f"(BiGS): taken layers 0-1, bias, dense.bias, dense.weight, encoder.embedding.weight" in said
+    assert "(BiGS): taken layers 0-1, bias, dense.bias, dense.weight, encoder.embedding.weight" in said
     assert f"; random {random}; not taken layers 2-2, " in said and "token_type_embeddings.weight" in said
     assert "bigs.pooler.dense.weight" in said
     assert ("bigs.embeddings.position_embeddings.weight" in said) == (model != "codessm-pos")
