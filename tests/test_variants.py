@@ -217,7 +217,7 @@ def test_its_steps_can_be_recorded(model, tokenizer):
     assert tasks.compile_parts(task, True)
     stepper = tasks.Stepper(task, tasks.adamw(task, 3e-3), graphs=True)
     losses = [float(sums[0] / sums[2]) for sums in (stepper(batches[step % 2]) for step in range(40))]
-    assert len(stepper.recorded) == 2 and sum(losses[-4:]) < 0.9 * sum(losses[:4])
+    assert len(stepper.recorder.recorded) == 2 and sum(losses[-4:]) < 0.9 * sum(losses[:4])
 
 
 @pytest.mark.parametrize("model", MODELS)
