@@ -197,9 +197,9 @@ class Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         M, u = ctx.saved_tensors
-        parts = math.gcd(8, u.shape[-1])
+        parts, wide = math.gcd(8, u.shape[-1]), torch.promote_types(M.dtype, torch.float32)
         sides = ([side.unflatten(-1, (parts, -1)).transpose(0, 1) for side in pair] for pair in zip(dy, u))
-        dM = torch.stack([torch.bmm(dy, u.mT).to(torch.promote_types(M.dtype, torch.float32)).sum(0) for dy, u in sides])
+        dM = torch.stack([torch.bmm(dy, u.mT).sum(0, dtype=wide) for dy, u in sides])
         return dM.to(M.dtype), torch.bmm(M.mT, dy)
 
 
@@ -313,7 +313,7 @@ class Layer(nn.Module):
 
         The mask keeps padding out of the SSMs, the one place where positions meet. Tokens stand as (c, n, B), the order
         in which one matrix product convolves all chunks. What a layer adds to X is added by the next, whose norm reads
-        X anyway. V comes last: it need not wait in memory.
+        X anyway; without gradients Xi takes X's memory. V comes last: it need not wait in memory.
         """
         c, n, B, d = X.shape
         X = X + R if torch.is_grad_enabled() else X.add_(R)
@@ -624,6 +624,8 @@ class Encoder(nn.Module):
                  kernels: int | None = None, ctx: int | None = None):
         super().__init__()
         kind = MODELS[model]
+        if kind.layer is not Layer and d % (32 if kind.layer is ZambaLayer else 64):
+            raise ValueError(f"{model} has heads of 64 channels, which {d} are not a multiple of")
         self.bound = ctx if kind.positions else None
         kernels = count_kernels(model, d, kernels)
         if kind.positions and not ctx:
@@ -765,11 +767,16 @@ class Weights:
     """
 
     def __init__(self, path: str):
-        self.path, self.mark, self.tokenizer, self.others = path, data.open_source(path).mark, None, []
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise Problem(f"--init {path} is no file: write what it is to hold to one")
         content = tasks.unpickle(path)
+        self.path, self.mark = path, data.open_source(path).mark
+        self.tokenizer, self.labels, self.others = None, None, []
         if isinstance(content, dict) and content.get("format") == tasks.FORMAT:
+            del content
             model = load(path)
             self.config, self.tokenizer = model.encoder.config, model.tokenizer
+            self.labels = getattr(model, "labels", None)
             self.theirs = {name: [(name, weight)] for name, weight in model.state_dict().items()}
             return
         for key in ("state_dict", "model"):
@@ -801,8 +808,8 @@ class Weights:
     def fill(self, task: nn.Module) -> str:
         """Copies into a task what fits it; what was taken and what stayed random, for people. Raises `Problem`.
 
-        Of a file with more layers the first are taken, embeddings if the vocabulary is the same, positions as many as
-        both have, and one S4D kernel serves for each of several.
+        Of a file with more layers the first are taken, embeddings if the vocabulary is the same, a fine-tuned head if
+        the labels are, positions as many as both have, and one S4D kernel serves for each of several.
         """
         config, ours, theirs = task.encoder.config, task.state_dict(), self.config or dict(model="codessm")
         if MODELS[config["model"]].layer is not MODELS[theirs["model"]].layer:
@@ -816,6 +823,8 @@ class Weights:
                                        else tensors[0].shape[:1] != target.shape[:1]):
                 foreign = True
                 continue
+            if name.startswith("head.") and self.labels != task.labels:
+                continue
             try:
                 tensor = torch.cat(tensors)
                 if name == "encoder.positions.weight":
@@ -828,6 +837,9 @@ class Weights:
             except (ValueError, RuntimeError):
                 misfits += [f"{name} {tuple(tensor.shape)}" for name, tensor in zip(names, tensors)]
         origin = "{model}, {layers} x {d}".format(**theirs) if self.config else "BiGS"
+        if misfits and self.config and theirs["kernels"] != config["kernels"]:
+            raise Problem(f"--init {self.path} has {theirs['kernels']} kernels a direction, not {config['kernels']}: "
+                          f"give --kernels {theirs['kernels']}")
         if misfits:
             raise Problem(f"--init {self.path} ({origin}) does not fit {config['model']}, {config['layers']} x "
                           f"{config['d']}: {data.listed(sorted(misfits), 4)}")
@@ -1142,8 +1154,8 @@ def shown(metrics: dict[str, float], first: str | None = None) -> str:
          eval_every="Steps between evaluations.  [default: a tenth of all]",
          o=dict(default="model.pt", show_default=True, help="The checkpoint to write."))
 def pretrain(corpus, ctx, model, kernels, size, init, tokenizer_path, vocab, steps, epochs, batch, accumulate, lr,
-             eval_every, limit, code_field, text_field, skip_bad, max_line, seed, output_path, restart, device, compiled,
-             workers, as_json):
+             eval_every, limit, code_field, text_field, skip_bad, max_line, seed, output_path, restart, device,
+             compiled, workers, as_json):
     """Pretrain an encoder by masked language modelling on CORPUS.
 
     CORPUS: JSONL files, plain or .gz, folders, globs, or - for standard input; without any, the Python
@@ -1164,8 +1176,8 @@ def pretrain(corpus, ctx, model, kernels, size, init, tokenizer_path, vocab, ste
                                else [data.standard_library()])
         settings = dict(
             corpus={source.name: source.mark for source in sources}, limit=limit, code_field=code_field,
-            text_field=text_field, skip_bad=skip_bad, max_line=max_line, ctx=ctx, model=model, kernels=kernels, size=size,
-            init=source and source.mark, tokenizer=zlib.crc32(given.text.encode()) if given else None,
+            text_field=text_field, skip_bad=skip_bad, max_line=max_line, ctx=ctx, model=model, kernels=kernels,
+            size=size, init=source and source.mark, tokenizer=zlib.crc32(given.text.encode()) if given else None,
             vocab=given.vocab if given else vocab or (4096 if size == "tiny" else 32100),
             steps=steps, epochs=epochs, batch=batch, accumulate=accumulate, lr=lr, eval_every=eval_every, seed=seed)
         state = output.resume(settings)
@@ -1190,7 +1202,9 @@ def pretrain(corpus, ctx, model, kernels, size, init, tokenizer_path, vocab, ste
 
         torch.manual_seed(seed)
         task = MLM(Encoder(tokenizer.vocab, **SIZES[size], model=model, kernels=kernels, ctx=ctx), tokenizer, seed)
-        taken = {"init": source.fill(task)} if source and not state else {}
+        with data.together():
+            taken = {"init": source.fill(task)} if source and not state else {}
+        del source  # and its memory
         task = task.to(device)
         compiled = tasks.compile_parts(task, compiled, tasks.pays(batches, steps))
         first = held_out.stream(stop=min(len(held_out), held_out.POOL))
@@ -1261,8 +1275,8 @@ def describe_encoding(split: data.Split) -> str:
          eval_every="Steps between evaluations.  [default: an epoch]",
          o="The checkpoint to write.  [default: TASK.pt]")
 def finetune(name, ckpt, data_path, ctx, model, kernels, size, init, tokenizer_path, vocab, steps, epochs, batch,
-             accumulate, lr, eval_every, limit, skip_bad, max_line, seed, output_path, restart, device, compiled, workers,
-             as_json):
+             accumulate, lr, eval_every, limit, skip_bad, max_line, seed, output_path, restart, device, compiled,
+             workers, as_json):
     """Fine-tune an encoder on TASK and score it.
 
     TASK: advtest, sqa, devign, diversevul, complexity, typeinf or clone; or, for JSONL of your own, retrieval (text,
@@ -1325,7 +1339,9 @@ def finetune(name, ckpt, data_path, ctx, model, kernels, size, init, tokenizer_p
         encoder = pretrained.encoder if pretrained else Encoder(tokenizer.vocab, **SIZES[size], model=model,
                                                                 kernels=kernels, ctx=ctx)
         task = tasks.OBJECTIVES[benchmark.kind](encoder, tokenizer, name, reader.labels, ctx)
-        taken = {"init": source.fill(task)} if source and not state else {}
+        with data.together():
+            taken = {"init": source.fill(task)} if source and not state else {}
+        del source  # and its memory
         task = task.to(device)
         compiled = tasks.compile_parts(task, compiled, tasks.pays(batches, steps))
         describe(task=f"{name}, {benchmark.kind}, from {ckpt or init or 'scratch'}", data=facts, **taken,

@@ -162,7 +162,8 @@ def pool(encoder: nn.Module, ids: torch.Tensor, lengths: torch.Tensor | None = N
 
 def embed(task: nn.Module, batches: Iterable[Batch], split: Split) -> torch.Tensor:
     """`pool` of each distinct item of a split, in their order: (items, d) float32 on the CPU."""
-    table, run = torch.zeros(len(split.distinct), task.encoder.config["d"]), inference(task, partial(pool, task.encoder))
+    table = torch.zeros(len(split.distinct), task.encoder.config["d"])
+    run = inference(task, partial(pool, task.encoder))
     for batch in batches:
         real = batch.lengths > 0
         rows = run(to_tensors(ids=batch.ids, lengths=batch.lengths))
@@ -411,10 +412,9 @@ class Tagging(nn.Module):
     def outputs(self, batches: Iterable[Batch], split: Split) -> list[tuple[np.ndarray, np.ndarray]]:
         """(gold, predicted) label numbers of the labelled words of each window, in the order of the files."""
         windows: list = [None] * len(split)
-        run = inference(self, self.predict)
         for batch in batches:
             tensors, _ = self.prepare(batch)
-            predicted = run(tensors).cpu().numpy()
+            predicted = compute(self, tensors, self.predict).cpu().numpy()
             gold = tensors["targets"].numpy()
             ends = np.cumsum((gold != IGNORE).sum(1))[:-1]
             for window, *found in zip(batch.records, np.split(gold[gold != IGNORE], ends), np.split(predicted, ends)):
@@ -843,7 +843,7 @@ def unpickle(path: str | os.PathLike) -> object:
         raise Problem(f"{path}: {error.strerror}") from None
     try:
         if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as file:  # compressed, a small file could fill the memory; torch compresses nothing
+            with zipfile.ZipFile(path) as file:  # a small file could fill the memory; torch compresses nothing
                 if sum(part.file_size for part in file.infolist()) > os.path.getsize(path):
                     raise ValueError
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -1014,8 +1014,10 @@ class Signals:
         self.number = number
 
     def check(self):
-        self.number = summed(torch.tensor(self.number or 0), dist.ReduceOp.MAX).item() or None
-        if self.number is not None:
+        # (what comes while the ranks are asked is not overwritten: it is for the next time)
+        number = summed(torch.tensor(self.number or 0), dist.ReduceOp.MAX).item()
+        if number:
+            self.number = number
             raise Interrupt
 
     def watch(self, batches: Iterable[Batch]) -> Iterable[Batch]:
@@ -1165,6 +1167,9 @@ def train(task: nn.Module, batches: Batches, held_out: Batches, output: Output, 
                 rate = learning_rate(step, steps, lr, decay)
                 for group in optimizer.param_groups:
                     group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], torch.Tensor) else rate
+                if world() > 1:  # dropout is not the same on all ranks, and is after a restart what it was
+                    own = np.random.SeedSequence([settings["seed"], data.rank(), step])
+                    torch.manual_seed(int(own.generate_state(1)[0]))
                 window.append(stepper(batch))
                 step += 1
                 tokens += sum(batch.tokens[:1] if isinstance(task, Tagging) else batch.tokens)

@@ -103,13 +103,13 @@ def test_memory_is_that_of_the_row_alone():
     """Plain attention holds at least the scores of two heads, 1,024 x 1,024 floats each; a large parent counts not."""
     script = f"""
 import subprocess, sys
-ballast = bytearray(b"x") * 1_500_000_000
+ballast = bytearray(b"x") * 800_000_000
 command = "bench --size tiny --models rocoder --lengths 1024 --batch-tokens 1024 --repeats 1 --attention both --device cpu --json"
 sys.exit(subprocess.run([sys.executable, "{ROOT}/codessm.py", *command.split()]).returncode)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     fused, plain = (row["memory"] for row in json.loads(done.stdout)["rows"])
-    assert 2 * 1024 ** 2 * 4 < plain < 1e9 and 0 < fused < plain
+    assert 2 * 1024 ** 2 * 4 < plain < 5e8 and 0 < fused < plain
 
 
 @pytest.mark.parametrize("arguments, message", [

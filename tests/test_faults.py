@@ -221,7 +221,7 @@ def test_paths_in_data_are_not_opened(small, functions, tmp_path):
     path = str(tmp_path / "pipe")
     names = ("path", "file", "filename", "url", "repo", "idx", "docstring", "text", "include")
     write_lines("c.jsonl", [{"code": f"open({path!r})\n{f['code']}"} | dict.fromkeys(names, path)
-                            for f in functions[:65]] + [{"code": path}, {"code": f"file://{path}"}, {"code": f"@{path}"}])
+                            for f in functions[:65]] + [{"code": code} for code in (path, f"file://{path}", f"@{path}")])
     code, said = cli("pretrain", "c.jsonl", *TINY, "--steps", 1)
     assert code == 0, said
 

@@ -182,14 +182,14 @@ def test_what_cannot_be_taken_is_named(small):
 
 def test_a_run_starts_from_given_weights(small, monkeypatch):
     """With their tokenizer, at the papers' learning rate; another vocabulary leaves embeddings random."""
-    monkeypatch.setitem(codessm.SIZES, "small", dict(d=136, layers=1))
+    monkeypatch.setitem(codessm.SIZES, "small", dict(d=160, layers=1))
     small_size = ["--size", "small", *TINY[2:], "--steps", 1, "--lr", 1e-12]
     assert cli("pretrain", small, *small_size, "-o", "a.pt")[0] == 0
     before = weights("a.pt")
     code, said = cli("pretrain", small, "--size", "small", *TINY[4:], "--steps", 1, "--init", "a.pt", "-o", "b.pt",
                      "--model", "codessm-8k")
     assert code == 0 and "peak learning rate 5e-05" in said, said
-    assert "init       a.pt (codessm, 1 x 136): taken layers 0-0, bias" in said and "random nothing;" in said
+    assert "init       a.pt (codessm, 1 x 160): taken layers 0-0, bias" in said and "random nothing;" in said
     after = codessm.load("b.pt")
     assert after.tokenizer.text == codessm.load("a.pt").tokenizer.text and after.encoder.config["kernels"] == 8
     for name, value in after.state_dict().items():
@@ -200,7 +200,7 @@ def test_a_run_starts_from_given_weights(small, monkeypatch):
     assert torch.allclose(after["encoder.layers.0.v.weight"], before["encoder.layers.0.v.weight"], atol=1e-6)
     assert len(after["bias"]) == 380 and not torch.allclose(after["encoder.embedding.weight"][:380],
                                                             before["encoder.embedding.weight"][:380], atol=1e-3)
-    for args, message in ((["--size", "tiny"], "a.pt (codessm, 1 x 136) does not fit codessm, 4 x 128: dense.bias"),
+    for args, message in ((["--size", "tiny"], "a.pt (codessm, 1 x 160) does not fit codessm, 4 x 128: dense.bias"),
                           (["--model", "zamba"], "a.pt is a codessm, whose layers are not those of zamba")):
         code, said = cli("pretrain", small, "--size", "small", *TINY[4:], "--init", "a.pt", "-o", "d.pt", *args)
         assert code == 2 and message in said, said

@@ -223,6 +223,20 @@ def test_a_signal_to_one_process_stops_all_and_another_number_goes_on(small, tmp
     assert again["step"] > state["step"] + 30 and again["processes"] == 1
 
 
+def test_a_signal_is_not_lost_while_the_ranks_are_asked(monkeypatch):
+    signals = tasks.Signals()
+
+    def asked(tensor, *_):
+        signals.note(signal.SIGTERM, None)
+        return tensor
+
+    with monkeypatch.context() as during:
+        during.setattr(tasks, "summed", asked)
+        signals.check()
+    with pytest.raises(tasks.Interrupt):
+        signals.check()
+
+
 def test_bad_data_stops_all_processes(small, functions, tmp_path):
     """A line that is wrong from the start, one that goes wrong later, standard input; nothing hangs, one speaks."""
     write_lines("bad.jsonl", [*functions[:40], "{", *functions[40:65]])

@@ -155,7 +155,7 @@ def test_a_tiny_model_overfits_32_samples(tokenizer, corpus):
     assert metrics["accuracy"] > 0.95
 
 
-@pytest.mark.parametrize("model, grain, least", [("codessm", 8, 8), ("rocoder", 40, 1)])  # 8 is dynamo's limit as it comes
+@pytest.mark.parametrize("model, grain, least", [("codessm", 8, 8), ("rocoder", 40, 1)])  # 8: dynamo's own limit
 def test_compilations_are_as_many_as_lengths_and_modes(model, grain, least, tokenizer, corpus, compiler, monkeypatch):
     """Over two epochs of mixed lengths and an evaluation; hitting dynamo's limit would fail (`compiler`)."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
@@ -362,26 +362,25 @@ def log_time(path):
     return os.stat(path).st_mtime_ns if os.path.exists(path) else 0
 
 
-@pytest.mark.parametrize("save_seconds, then", [(300, signal.SIGTERM), (0, signal.SIGINT)])
-def test_a_killed_run_ends_as_an_undisturbed_one(small, save_seconds, then):
+def test_a_killed_run_ends_as_an_undisturbed_one(small):
     """SIGKILL at a random step, then another signal at a later one; each time the same command again at once.
 
     With two worker processes, which must not outlive the run with its lock. States are saved at the ends of
     epochs, or (0 seconds) in the midst of them as well.
     """
     command = ["pretrain", small, *TINY, "--steps", 60, "--workers", 2]
-    script = f"import tasks; tasks.SAVE_SECONDS = {save_seconds}; import codessm; codessm.cli()"
 
-    def start(output):
+    def start(output, save_seconds):
+        script = f"import tasks; tasks.SAVE_SECONDS = {save_seconds}; import codessm; codessm.cli()"
         return subprocess.Popen([sys.executable, "-c", script, *map(str, command), "-o", output], text=True,
                                 stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)})
 
     code, said = cli(*command, "-o", "whole.pt")
     assert code == 0, said
     stops = sorted(np.random.default_rng(int(time.time())).integers(10, 45, 2))
-    for stop, number in zip(stops, (signal.SIGKILL, then)):
+    for stop, number, save_seconds in zip(stops, (signal.SIGKILL, signal.SIGTERM), np.random.permutation([0, 300])):
         before = log_time("m.pt.jsonl")
-        run = start("m.pt")
+        run = start("m.pt", save_seconds)
         wait_for(lambda: log_time("m.pt.jsonl") > before and logged_steps("m.pt.jsonl") >= stop
                  and os.path.exists("m.pt.state"), run)
         run.send_signal(number)
