@@ -383,7 +383,7 @@ def test_autocast_keeps_kernels_in_float32_and_activations_in_bfloat16(monkeypat
 
 @pytest.mark.parametrize("model, backend",
                          [("codessm", "inductor"), ("codessm", "aot_eager"), ("codessm-8k", "aot_eager"),
-                          ("rocoder", "aot_eager"), ("bertcoder", "aot_eager"), ("zamba", "aot_eager")])
+                          ("rocoder", "aot_eager"), ("zamba", "aot_eager")])
 def test_compiled_equals_eager(model, backend, compiler, monkeypatch):
     """Outputs and gradients, with a mask and without, as a GPU has it with the polynomials; inductor is slow here."""
     monkeypatch.setattr(codessm, "gelu", Gelu.apply)

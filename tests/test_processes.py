@@ -184,7 +184,7 @@ def test_processes_compute_what_one_does(alone, tokenizer, count, tmp_path):
 
 # ---- nothing lost -----------------------------------------------------------------------------------
 
-LONG = [*TINY, "--steps", 300]
+LONG = [*TINY, "--steps", 240]
 
 
 def said(count):
@@ -206,21 +206,21 @@ def logged(path):
 def test_a_signal_to_one_process_stops_all_and_another_number_goes_on(small, tmp_path):
     """SIGTERM to the second: all end with 143, the state is saved, one speaks; one process goes on from it."""
     processes = launch(2, command, tmp_path, "pretrain", small, *LONG, "-o", "m.pt")
-    wait_for(lambda: logged("m.pt.jsonl") >= 30, first_of(processes))
+    wait_for(lambda: logged("m.pt.jsonl") >= 24, first_of(processes))
     os.kill(processes[1].pid, signal.SIGTERM)
     assert ended(processes) == [143, 143], said(2)
     first, second = said(2)
     assert "interrupted at step" in first and "the same command goes on from it" in first and second == ""
     state = tasks.read("m.pt.state")
-    assert state["step"] >= 30 and state["processes"] == 2
+    assert state["step"] >= 24 and state["processes"] == 2
     run = program("pretrain", small, *LONG, "-o", "m.pt")
-    wait_for(lambda: logged("m.pt.jsonl") > state["step"] + 30, run)
+    wait_for(lambda: logged("m.pt.jsonl") > state["step"] + 24, run)
     run.send_signal(signal.SIGINT)
     _, errors = run.communicate(timeout=60)
-    assert run.returncode == 130 and f"going on from step {state['step']:,} of 300" in errors
+    assert run.returncode == 130 and f"going on from step {state['step']:,} of 240" in errors
     assert "by 2 processes, where now there are 1" in errors
     again = tasks.read("m.pt.state")
-    assert again["step"] > state["step"] + 30 and again["processes"] == 1
+    assert again["step"] > state["step"] + 24 and again["processes"] == 1
 
 
 def test_a_signal_is_not_lost_while_the_ranks_are_asked(monkeypatch):
@@ -248,19 +248,19 @@ def test_bad_data_stops_all_processes(small, functions, tmp_path):
         assert message in first and first.count("Error") == 1 and "Traceback" not in first and second == ""
         assert not os.path.exists("model.pt.state")
     processes = launch(2, command, tmp_path, "pretrain", small, *LONG)
-    wait_for(lambda: logged("model.pt.jsonl") >= 30, first_of(processes))
+    wait_for(lambda: logged("model.pt.jsonl") >= 24, first_of(processes))
     os.truncate(small, 100)
     assert ended(processes) == [1, 1], said(2)
     first, second = said(2)
     assert f"Error: {small} changed while it was being read" in first and first.count("Error") == 1
-    assert "Traceback" not in first and second == "" and tasks.read("model.pt.state")["step"] >= 30
+    assert "Traceback" not in first and second == "" and tasks.read("model.pt.state")["step"] >= 24
     code, out = cli("pretrain", small, *LONG)
     assert code == 2 and f"model.pt.state is of a run with corpus {small} " in out
 
 
 def test_a_killed_worker_is_started_again_and_loses_nothing(small, tmp_path):
     """Under torchrun --max-restarts; the weights and the log are those of a run that nothing disturbed."""
-    steps = ["pretrain", small, *TINY, "--steps", 40]
+    steps = ["pretrain", small, *TINY, "--steps", 26]
     script = "import os, tasks, codessm\ntasks.SAVE_SECONDS = 0\nopen(f'pid{os.environ[\"RANK\"]}', 'w')" \
              ".write(str(os.getpid()))\ncodessm.cli()"
     (tmp_path / "run.py").write_text(script)
