@@ -721,7 +721,11 @@ def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> nn.Modu
     `labels`. All have `encoder`, which maps ids (B, L) and lengths (B,) to hidden states (B, L, d), and
     `tokenizer`. The file runs no code. Raises `data.Problem`.
     """
-    content = tasks.read(path)
+    return restore(tasks.read(path), path).to(device).eval()
+
+
+def restore(content: dict, path: str | os.PathLike) -> nn.Module:
+    """The model of what a checkpoint holds, on the CPU; raises `Problem`."""
     try:
         tokenizer = Tokenizer(content["tokenizer"], str(path))
         config, weights = content["config"], content["weights"]
@@ -738,7 +742,7 @@ def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> nn.Modu
         model.load_state_dict({name: weight.float() for name, weight in weights.items()}, assign=True)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
         raise Problem(f"{path}: its weights do not fit its configuration, so it is no whole checkpoint") from None
-    return model.to(device).eval()
+    return model
 
 
 BIGS = {"LayerNorm": "norm", "dv": "v", "duc_forward": "u1", "duc_backward": "u2", "dol": "u", "do": "o"}
@@ -773,8 +777,7 @@ class Weights:
         self.path, self.mark = path, data.open_source(path).mark
         self.tokenizer, self.labels, self.others = None, None, []
         if isinstance(content, dict) and content.get("format") == tasks.FORMAT:
-            del content
-            model = load(path)
+            model = restore(content, path)
             self.config, self.tokenizer = model.encoder.config, model.tokenizer
             self.labels = getattr(model, "labels", None)
             self.theirs = {name: [(name, weight)] for name, weight in model.state_dict().items()}

@@ -777,9 +777,10 @@ class Stepper:
         total = summed(self.backward(pieces))
         norm = nn.utils.clip_grad_norm_(self.task.parameters(), 1.0)
         finite = (norm + total[0]).isfinite()
-        if self.optimizer.defaults.get("fused"):  # it reads this where it runs: nothing waits
+        fused = self.optimizer.defaults.get("fused")
+        if fused:  # it reads this where it runs: nothing waits
             self.optimizer.found_inf = (~finite).float()
-        if self.optimizer.defaults.get("fused") or finite:
+        if fused or finite:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return torch.where(finite, total, math.nan)
