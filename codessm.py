@@ -252,24 +252,24 @@ class Gelu(torch.autograd.Function):
         ctx.save_for_backward(x)
         wide = x.float()
         # a copy, as dynamo of torch 2.11 gets the gradients wrong where a cast does nothing
-        return (wide * sigmoid(wide)[2]).to(x.dtype, copy=True)
+        return (wide * sigmoid(wide)[1]).to(x.dtype, copy=True)
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
         x = ctx.saved_tensors[0].float()
-        t, e, s = sigmoid(x)
+        t, s = sigmoid(x)
         dz = Q0 + t * (3 * Q1 + t * (5 * Q2))
-        return (grad.float() * (s + x * dz * (s * (e * s)))).to(grad.dtype)  # 1 - s = e s
+        return (grad.float() * (s + x * dz * (s - s * s))).to(grad.dtype)
 
 
 Q0, Q1, Q2 = 1.5948888, 0.074158467, -0.00073317494  # q(t) = Q0 + Q1 t + Q2 t^2
 
 
-def sigmoid(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """t = min(x^2, 4.5^2), e^-z of z = x q(t), and 1 / (1 + e^-z), of float32 x."""
+def sigmoid(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """t = min(x^2, 4.5^2) and 1 / (1 + e^-z) of z = x q(t), of float32 x; where e^-z is beyond float32, 0."""
     t = (x * x).clamp(max=4.5 ** 2)
     e = torch.exp2(-math.log2(math.e) * x * (Q0 + t * (Q1 + t * Q2)))
-    return t, e, torch.rsqrt(1 + e).square()  # a GPU has an instruction for rsqrt, and none for a quotient
+    return t, torch.rsqrt(1 + e).square()  # a GPU has an instruction for rsqrt, and none for a quotient
 
 
 class Layer(nn.Module):
