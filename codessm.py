@@ -84,7 +84,8 @@ class Kernels(NamedTuple):
     """
     TO: torch.Tensor | None = None  # (2k, c, c + 2N): T within a chunk, O out of the state, modes as Re, Im, Re, Im ...
     E: torch.Tensor | None = None  # (2k, 2N, c): into the state
-    W: torch.Tensor | None = None  # (2k N, 2, m + 1, 2, m + 1), float32: across m chunks, of each kernel and mode
+    A: torch.Tensor | None = None  # (2k, N, 2), float32: A-bar^c, across one chunk
+    W: torch.Tensor | None = None  # (2k N, 2, m + 1, 2, m + 1), float32: across m chunks; without gradients, A has them
     K: torch.Tensor | None = None  # (2k, L): the kernels, D included
 
 
@@ -136,10 +137,12 @@ def kernels(A_re: torch.Tensor, A_im: torch.Tensor, C: torch.Tensor, D: torch.Te
     E = both(torch.stack([P_re, P_im], -2)[..., :c].flatten(-3, -2).flip(-1), lambda E: E.flip(-1)).to(dtype)
     # (c, 2N): Re(C-bar A-bar^(i + 1) H) = O [Re H, Im H]
     O = both(torch.stack([W_re, -W_im], -2)[..., 1:].flatten(-3, -2).mT, lambda O: O.flip(-2))
-    w_re, w_im = (Toeplitz.apply(a) for a in powers(c * torch.arange(min(n, GROUP) + 1, device=x.device)))
-    # complex numbers as real blocks: [[Re, -Im], [Im, Re]]
-    W = torch.stack([torch.stack([w_re, -w_im], -2), torch.stack([w_im, w_re], -2)], -4)
-    return Kernels(torch.cat([T, O], -1).to(dtype), E, W.flatten(1, 2))
+    A = torch.stack([P_re[..., c], P_im[..., c]], -1)
+    with torch.no_grad():
+        w_re, w_im = (Toeplitz.apply(a) for a in powers(c * torch.arange(min(n, GROUP) + 1, device=x.device)))
+        # complex numbers as real blocks: [[Re, -Im], [Im, Re]]
+        W = torch.stack([torch.stack([w_re, -w_im], -2), torch.stack([w_im, w_re], -2)], -4).flatten(1, 2)
+    return Kernels(torch.cat([T, O], -1).to(dtype), E, A, W)
 
 
 class Toeplitz(torch.autograd.Function):
@@ -164,66 +167,91 @@ class Toeplitz(torch.autograd.Function):
 def convolve(u: torch.Tensor, kernels: Kernels, causal: bool = False) -> torch.Tensor:
     """y = K * u + D u, forwards for u[:k] and backwards (unless `causal`) for u[k:]; both (2k, c, n, B, d / k).
 
-    Into the state S = E u, across chunks H' = A-bar^c H + S, out of it and within a chunk y = T u + O H.
-    By FFT, which takes the sequence as one chunk, the product with the spectrum of K.
+    In chunks by `Convolution`; by FFT, which takes the sequence as one chunk, the product with the spectrum of K.
     """
-    k, c, n, B, d = u.shape
-    if kernels.K is not None:
-        forward, backward = torch.fft.rfft(kernels.K, n=2 * c).chunk(2)
-        spectrum = torch.cat([forward, backward if causal else backward.conj()])[:, None, None, None]
-        y = torch.fft.rfft(u.to(kernels.K.dtype).movedim(1, -1), n=2 * c) * spectrum
-        return torch.fft.irfft(y, n=2 * c)[..., :c].movedim(-1, 1).to(u.dtype)
-    TO, E, W, _ = kernels
-    in_time = (lambda S: S) if causal else backwards_reversed
-    u = u.reshape(k, c, n * B * d)
-    if W is not None:
-        S = Product.apply(E, u).view(k, -1, n, B * d)
-        H = in_time(carry(in_time(S).view(len(W), 2, n, B * d), W).view(S.shape))
-        u = torch.cat([u, H.view(k, -1, n * B * d)], 1)
-    return Product.apply(TO, u).view(k, c, n, B, d)
+    if kernels.K is None:
+        return Convolution.apply(u, kernels.TO, kernels.E, kernels.A, kernels.W, causal)
+    c = u.shape[1]
+    forward, backward = torch.fft.rfft(kernels.K, n=2 * c).chunk(2)
+    spectrum = torch.cat([forward, backward if causal else backward.conj()])[:, None, None, None]
+    y = torch.fft.rfft(u.to(kernels.K.dtype).movedim(1, -1), n=2 * c) * spectrum
+    return torch.fft.irfft(y, n=2 * c)[..., :c].movedim(-1, 1).to(u.dtype)
 
 
-class Product(torch.autograd.Function):
-    """M u (k, r, m) of M (k, r, q) and u (k, q, m), where m is by far the largest.
+class Convolution(torch.autograd.Function):
+    """y of u, both (2k, c, n, B, d / k): T u where there is one chunk, or through the states H before each chunk:
 
-    dM = dy u^T is a sum of eight parts of m, in float32: one product of so few rows and columns would not fill a GPU.
+        S = E u     H_(j + 1) = A-bar^c H_j + S_j  (`carry`)     y = [T O] [u, H]
+
+    and backwards, with H' for the gradient of H and so on, the states' recurrence run the other way:
+
+        [T^T y', H'] = [T O]^T y'     S'_j = conj(A-bar^c) S'_(j + 1) + H'_(j + 1)     u' = T^T y' + E^T S'
+
+    The gradient of A-bar^c is sum_j S'_j conj(H_j), and W, its powers, needs none.
     """
 
     @staticmethod
-    def forward(ctx, M: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(M, u)
-        return torch.bmm(M, u)
+    def forward(ctx, u: torch.Tensor, TO: torch.Tensor, E: torch.Tensor | None, A: torch.Tensor | None,
+                W: torch.Tensor | None, causal: bool) -> torch.Tensor:
+        k, c, n, B, d = u.shape
+        u = u.reshape(k, c, -1)
+        if E is not None:
+            u = pad(u, (0, 0, 0, E.shape[1]))  # room for H, which is then read with u and kept with it
+            S = torch.bmm(E, u[:, :c])
+            H = u.as_strided(S.shape, u.stride(), c * S.shape[-1])  # (compiled, a write to a slice would copy all of u)
+            H.copy_(carry(S.view(len(W), 2, n, -1), W, (False, not causal)).view(S.shape))
+        ctx.save_for_backward(u, TO, E, W)
+        ctx.causal = causal
+        return torch.bmm(TO, u).view(k, c, n, B, d)
 
     @staticmethod
-    def backward(ctx, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        M, u = ctx.saved_tensors
-        parts, wide = math.gcd(8, u.shape[-1]), torch.promote_types(M.dtype, torch.float32)
-        sides = ([side.unflatten(-1, (parts, -1)).transpose(0, 1) for side in pair] for pair in zip(dy, u))
-        dM = torch.stack([torch.bmm(dy, u.mT).sum(0, dtype=wide) for dy, u in sides])
-        return dM.to(M.dtype), torch.bmm(M.mT, dy)
+    def backward(ctx, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        u, TO, E, W = ctx.saved_tensors
+        shape, (k, c, n) = dy.shape, dy.shape[:3]
+        dy = dy.reshape(k, c, -1)
+        du, dTO = torch.bmm(TO.mT, dy), outer(dy, u)
+        if E is None:
+            return du.view(shape), dTO, None, None, None, None
+        dS = carry(du[:, c:].reshape(len(W), 2, n, -1), W.transpose(1, 3), (True, ctx.causal))
+        (S_re, S_im), (H_re, H_im) = (states.view(k, -1, 2, dy.shape[-1]).to(W.dtype).unbind(2)
+                                      for states in (dS, u[:, c:]))
+        dA = torch.stack([(S_re * H_re + S_im * H_im).sum(-1), (S_im * H_re - S_re * H_im).sum(-1)], -1)
+        dS = dS.view(k, -1, dy.shape[-1])
+        return (du[:, :c] + torch.bmm(E.mT, dS)).view(shape), dTO, outer(dS, u[:, :c]), dA, None, None
 
 
-def backwards_reversed(S: torch.Tensor) -> torch.Tensor:
-    """The chunks of S (2k, 2N, n, ...) in the order in which each direction meets them; its own inverse."""
-    forward, backward = S.chunk(2)
-    return torch.cat([forward, backward.flip(2)])
+def outer(dy: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """dy u^T (k, r, q) of dy (k, r, m) and u (k, q, m), in their dtype; m is by far the largest.
+
+    A sum of eight parts of m, in float32: one product of so few rows and columns would not fill a GPU.
+    """
+    parts, wide = math.gcd(8, u.shape[-1]), torch.promote_types(u.dtype, torch.float32)
+    sides = ([side.unflatten(-1, (parts, -1)).transpose(0, 1) for side in pair] for pair in zip(dy, u))
+    return torch.stack([torch.bmm(dy, u.mT).sum(0, dtype=wide) for dy, u in sides]).to(u.dtype)
 
 
-def carry(S: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
+def carry(S: torch.Tensor, W: torch.Tensor, backwards: tuple[bool, bool]) -> torch.Tensor:
     """The states before each chunk from each chunk's own contributions S, both (2k N, 2, n, ...), in S's dtype.
 
-    H_k = sum_(j < k) A-bar^(c (k - 1 - j)) S_j, for up to m chunks one product. S of bfloat16 is multiplied by W as the
-    sum of two of bfloat16, which has 16 bits, and is summed in float32. More chunks go m at a time, in float32, with
-    the state before them: the cost is linear in n.
+    H_i = sum_(j < i) A-bar^(c (i - 1 - j)) S_j, or (j > i) of j - 1 - i in the halves of the kernels that run
+    `backwards`. Up to m chunks are one product. S of bfloat16 is multiplied by W as the sum of two of bfloat16, which
+    has 16 bits, and is summed in float32. More chunks go m at a time, in float32, with the state before them: the cost
+    is linear in n.
     """
     n, m, dtype, H, states = S.shape[2], W.shape[-1] - 1, S.dtype, None, []
+
+    def in_time(M: torch.Tensor, *dims: int) -> torch.Tensor:
+        return torch.cat([half.flip(dims) if back else half for half, back in zip(M.chunk(2), backwards)])
+
     with torch.autocast(S.device.type, enabled=False):
-        if n <= m and dtype != W.dtype:
-            W = W[:, :, :n, :, 1:n + 1].flatten(3).flatten(1, 2)
-            high = W.to(dtype)
-            W = torch.cat([high, (W - high).to(dtype)], -1)
-            return torch.bmm(W, torch.cat([S, S], 1).flatten(1, 2)).view(S.shape)
-        for S in S.to(W.dtype).split(m, 2):
+        if n <= m:
+            W = in_time(W[:, :, :n, :, 1:n + 1], 2, 4).flatten(3).flatten(1, 2)
+            shape = S.shape
+            if dtype != W.dtype:
+                high = W.to(dtype)
+                W, S = torch.cat([high, (W - high).to(dtype)], -1), torch.cat([S, S], 1)
+            return torch.bmm(W, S.flatten(1, 2)).view(shape)
+        for S in in_time(S.to(W.dtype), 2).split(m, 2):
             k = S.shape[2] + 1
             if H is None:
                 A = W[:, :, :k, :, 1:k]
@@ -232,7 +260,7 @@ def carry(S: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
             H = torch.bmm(A.flatten(3).flatten(1, 2), S.flatten(1, 2)).unflatten(1, (2, k))
             states.append(H[:, :, :-1])
             H = H[:, :, -1:]
-    return torch.cat(states, 2).to(dtype)
+        return in_time(torch.cat(states, 2).to(dtype), 2)
 
 
 def gelu(x: torch.Tensor) -> torch.Tensor:
@@ -328,8 +356,8 @@ class Layer(nn.Module):
             forward, backward = FB.view(c, n, B, 2 * d).permute(2, 1, 0, 3).flatten(1, 2).chunk(2, -1)
             near = self.local[0](forward), self.local[1](backward, backward=not self.causal)
             y = y + torch.stack([in_chunks(side, (n, c)).view(-1, d) for side in near])
-        y = torch.bmm(y, torch.stack([self.u1.weight, self.u2.weight]).mT)
-        U = self.u(self.drop(Gate.apply(y, torch.stack([self.u1.bias, self.u2.bias]))))
+        W, b = (torch.stack([getattr(u, name) for u in (self.u1, self.u2)]) for name in ("weight", "bias"))
+        U = self.u(self.drop(Gate.apply(y, W.to(y.dtype), b)))
         return X, self.o(self.drop(gelu(U) * gelu(self.v(x)))).view(X.shape)
 
     @staticmethod
@@ -348,18 +376,20 @@ class Layer(nn.Module):
 
 
 class Gate(torch.autograd.Function):
-    """U1 * U2 (m, d), U1 and U2 being those of y (2, m, d) with their biases b (2, d), float32, added; in y's dtype."""
+    """U1 * U2 (m, d) of y (2, m, d), U_i = W_i y_i + b_i; W (2, d, d) in y's dtype, b (2, d), float32."""
 
     @staticmethod
-    def forward(ctx, y: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(y, b)
-        return ((y[0] + b[0]) * (y[1] + b[1])).to(y.dtype, copy=True)  # a copy, as in `Gelu`
+    def forward(ctx, y: torch.Tensor, W: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        U = torch.bmm(y, W.mT)
+        ctx.save_for_backward(y, W, b, U)
+        return ((U[0] + b[0]) * (U[1] + b[1])).to(y.dtype, copy=True)  # a copy, as in `Gelu`
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        y, b = ctx.saved_tensors
-        dU = grad * (y.flip(0) + b.flip(0)[:, None])
-        return dU.to(y.dtype), dU.sum(1)
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        y, W, b, U = ctx.saved_tensors
+        dU = (grad * (U + b[:, None])).flip(0)  # (a flip of U alone the compiled forward would make, and keep)
+        db, dU = dU.sum(1), dU.to(y.dtype)
+        return torch.bmm(dU, W), torch.bmm(dU.mT, y), db
 
 
 def fourier(u: torch.Tensor) -> torch.Tensor:
@@ -605,6 +635,23 @@ def in_chunks(X: torch.Tensor, chunks: tuple[int, int]) -> torch.Tensor:
     return pad(X, (0, 0, 0, math.prod(chunks) - X.shape[1])).unflatten(1, chunks).permute(2, 1, 0, 3).contiguous()
 
 
+class InTokens(torch.autograd.Function):
+    """X + R (B, n c, d) of X and R (c, n, B, d).
+
+    Its gradients stand in the order of chunks: compiled layers would copy each from the order of tokens.
+    """
+
+    @staticmethod
+    def forward(ctx, X: torch.Tensor, R: torch.Tensor) -> torch.Tensor:
+        ctx.chunks, ctx.dtype = (X.shape[1], X.shape[0]), R.dtype
+        return (X + R).permute(2, 1, 0, 3).flatten(1, 2)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        grad = in_chunks(grad, ctx.chunks)
+        return grad, grad.to(ctx.dtype, copy=True)  # a copy, as in `Gelu`
+
+
 class Encoder(nn.Module):
     """Token embedding (of some models with positions), LayerNorm, and the layers; nothing after the last, as in BiGS.
 
@@ -668,7 +715,7 @@ class Encoder(nn.Module):
         R = X.new_zeros(X.shape, dtype=compute_dtype(X)).requires_grad_(X.requires_grad)
         for layer, given in zip(self.layers, self.given(X)):
             X, R = layer(X, R, given, mask)
-        return self.finish(X, R)[:, :L]
+        return self.in_tokens(X, R)[:, :L]
 
     def embed(self, ids: torch.Tensor, chunks: tuple[int, int] | None = None) -> torch.Tensor:
         """The input of the first layer, float32, of ids (B, L): (B, L, d), or in `chunks` (c, n, B, d)."""
@@ -676,9 +723,9 @@ class Encoder(nn.Module):
         X = self.norm(X if self.positions is None else X + self.positions.weight[:ids.shape[1]])
         return in_chunks(X, chunks) if chunks else X
 
-    def finish(self, X: torch.Tensor, R: torch.Tensor) -> torch.Tensor:
-        """X + R (B, n c, d) of (c, n, B, d)."""
-        return (X + R).permute(2, 1, 0, 3).flatten(1, 2)
+    def in_tokens(self, X: torch.Tensor, R: torch.Tensor) -> torch.Tensor:
+        """X + R (B, n c, d), both (c, n, B, d)."""
+        return InTokens.apply(X, R)
 
     def chunks(self, L: int, device: torch.device) -> tuple[int, int] | None:
         """(n, c), the chunks in which L tokens are convolved; None of layers that do not convolve so."""
@@ -700,7 +747,8 @@ class Encoder(nn.Module):
         """
         for layer in self.layers:
             layer.compile(dynamic=False, fullgraph=True)
-        self.embed, self.finish = (torch.compile(f, dynamic=False, fullgraph=True) for f in (self.embed, self.finish))
+        self.embed, self.in_tokens = (torch.compile(part, dynamic=False, fullgraph=True)
+                                      for part in (self.embed, self.in_tokens))
 
 
 def count_kernels(model: str, d: int, kernels: int | None) -> int:

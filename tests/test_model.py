@@ -33,21 +33,21 @@ def recurrence(ssm, u):
     return y
 
 
-def matrices(ssms, c, n, dtype=torch.float32, fft=False):
+def matrices(ssms, c, n, dtype=torch.float32, fft=False, causal=False):
     """The `Kernels` of one layer with these two S4D, for n chunks of c."""
     names = ("A_re", "A_im", "C", "D", "log_step")
     made = codessm.kernels(*(torch.stack([getattr(ssm, name) for ssm in ssms])[None] for name in names),
-                           c, n, dtype, fft)
+                           c, n, dtype, fft, causal)
     return Kernels(*(None if matrix is None else matrix[0] for matrix in made))
 
 
-def convolve(ssms, u, chunk, dtype=torch.float32, fft=False):
+def convolve(ssms, u, chunk, dtype=torch.float32, fft=False, causal=False):
     """y of u, both (2, L, d), forwards for the first and backwards for the second, in chunks of at most `chunk`."""
     L, d = u.shape[1:]
     n = 1 if fft else -(-L // chunk)
     c = -(-L // n)
     chunks = torch.nn.functional.pad(u, (0, 0, 0, n * c - L)).to(dtype).view(2, n, c, 1, d).transpose(1, 2)
-    y = codessm.convolve(chunks, matrices(ssms, c, n, dtype, fft))
+    y = codessm.convolve(chunks, matrices(ssms, c, n, dtype, fft, causal), causal)
     return y.transpose(1, 2).reshape(2, n * c, d)[:, :L]
 
 
@@ -116,10 +116,11 @@ def test_states_are_summed_as_in_float32():
     """In bfloat16 the states before the chunks are what float32 gives, but for the rounding at the end."""
     S, W = torch.randn(6, 2, 40, 5).bfloat16(), matrices((S4D(3), S4D(3)), 16, 40).W
     with torch.no_grad():
-        exact, ours = codessm.carry(S.double(), W.double()), codessm.carry(S, W)
-    assert (exact[:, :, 0] == 0).all() and exact.abs().mean() > 0.3
+        exact, ours = (codessm.carry(S, W, (False, True)) for S, W in ((S.double(), W.double()), (S, W)))
+    assert (exact[:3, :, 0] == 0).all() and (exact[3:, :, -1] == 0).all() and exact.abs().mean() > 0.3
     assert ((ours - exact).abs() <= exact.abs() * 2 ** -8 + 1e-4).all()
-    rough = torch.bmm(W[:, :, :40, :, 1:41].flatten(3).flatten(1, 2).bfloat16(), S.flatten(1, 2)).view(S.shape)
+    rough = torch.bmm(W[:, :, :40, :, 1:41].flatten(3).flatten(1, 2).bfloat16(), S.flatten(1, 2)).view(S.shape)[:3]
+    exact = exact[:3]
     assert ((rough - exact).abs() > exact.abs() * 2 ** -8 + 1e-4).any(), "W in bfloat16 alone would do"
 
 
@@ -133,15 +134,14 @@ def test_a_toeplitz_matrix_and_its_gradient():
     assert torch.autograd.gradcheck(codessm.Toeplitz.apply, k)
 
 
-def test_gradients_of_products_and_gates():
+def test_outer_products_and_gradients_of_gates():
     """Whether the long side can be cut into eight or not."""
     for m in (16, 20, 7):
-        M, u = (torch.randn(2, *shape, dtype=torch.float64, requires_grad=True) for shape in ((3, 4), (4, m)))
-        assert torch.equal(codessm.Product.apply(M, u), M @ u)
-        assert torch.autograd.gradcheck(codessm.Product.apply, (M, u))
-    y, b = torch.randn(2, 6, 3, dtype=torch.float64, requires_grad=True), torch.randn(2, 3, dtype=torch.float64,
-                                                                                    requires_grad=True)
-    assert torch.autograd.gradcheck(codessm.Gate.apply, (y, b))
+        dy, u = (torch.randn(2, rows, m, dtype=torch.float64) for rows in (3, 4))
+        assert torch.allclose(codessm.outer(dy, u), torch.einsum("kim, kjm -> kij", dy, u))
+    y, W, b = (torch.randn(2, *shape, dtype=torch.float64, requires_grad=True) for shape in ((6, 3), (3, 3), (3,)))
+    F, B = y @ W.mT + b[:, None]
+    assert torch.allclose(codessm.Gate.apply(y, W, b), F * B) and torch.autograd.gradcheck(codessm.Gate.apply, (y, W, b))
 
 
 def test_the_naive_float32_coefficients_would_fail():
@@ -159,8 +159,8 @@ def test_the_naive_float32_coefficients_would_fail():
     assert relative_error(y, recurrence(ssm, u.double().numpy())) > 1e-5
 
 
-@pytest.mark.parametrize("group", [2, 64])
-def test_gradients_of_every_parameter(group, monkeypatch):
+@pytest.mark.parametrize("group, causal", [(2, False), (2, True), (64, False), (64, True)])
+def test_gradients_of_every_parameter(group, causal, monkeypatch):
     monkeypatch.setattr(codessm, "GROUP", group)
     ssms = S4D(N=3).double(), S4D(N=3).double()
     with torch.no_grad():
@@ -169,7 +169,7 @@ def test_gradients_of_every_parameter(group, monkeypatch):
     u = torch.randn(2, 11, 2, dtype=torch.float64, requires_grad=True)
     assert sorted(name for name, _ in ssms[0].named_parameters()) == ["A_im", "A_re", "C", "D", "log_step"]
     parameters = [parameter for ssm in ssms for parameter in ssm.parameters()]
-    assert torch.autograd.gradcheck(lambda u, *_: convolve(ssms, u, 4, torch.float64), (u, *parameters))
+    assert torch.autograd.gradcheck(lambda u, *_: convolve(ssms, u, 4, torch.float64, causal=causal), (u, *parameters))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
