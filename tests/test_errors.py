@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ import torch
 import codessm
 import data
 import tasks
-from conftest import ROOT, TINY, cli, program, wait_for, write_lines
+from conftest import ROOT, TINY, Forked, cli, program, wait_for, write_lines
 
 
 def refused(*args, input=None, code=2):
@@ -212,13 +213,21 @@ def test_a_disk_that_fills_up_while_training(small, monkeypatch, state):
     assert not [name for name in os.listdir() if name.endswith(".tmp")]
 
 
+@contextmanager
+def largest_file(size):
+    """Stands in for a disk that is full."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
 def test_no_room_to_unpack(small):
     with gzip.open("c.jsonl.gz", "wb") as file:
         file.write(open(small, "rb").read())
-    run = program("pretrain", "c.jsonl.gz", *TINY,
-                  preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10**4, 10**4)))
-    _, said = run.communicate(timeout=60)
-    assert run.returncode == 1 and "no room to unpack c.jsonl.gz in" in said and "File too large" in said
+    with largest_file(10**4):
+        code, said = cli("pretrain", "c.jsonl.gz", *TINY)
+    assert code == 1 and "no room to unpack c.jsonl.gz in" in said and "File too large" in said
 
 
 def test_a_process_that_tokenises_dies(small, monkeypatch):
@@ -232,13 +241,13 @@ def test_a_process_that_tokenises_dies(small, monkeypatch):
 
 
 def test_a_full_disk_leaves_the_old_file_whole(small):
-    """The file size limit stands in for the disk: writing the checkpoint fails in the middle."""
+    """Writing the checkpoint fails in the middle."""
     command = ["pretrain", small, *TINY, "--steps", 3]
     assert cli(*command)[0] == 0
     old = open("model.pt", "rb").read()
-    run = program(*command, "--restart", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6)))
-    _, said = run.communicate(timeout=60)
-    assert run.returncode == 1 and "Traceback" not in said
+    with largest_file(10**6):
+        code, said = cli(*command, "--restart")
+    assert code == 1 and "Traceback" not in said
     assert "could not write model.pt" in said and "File too large; the file of that name is as it was" in said
     assert open("model.pt", "rb").read() == old and codessm.load("model.pt")
     assert not [name for name in os.listdir() if name.endswith(".tmp")]
@@ -247,19 +256,20 @@ def test_a_full_disk_leaves_the_old_file_whole(small):
 def test_standard_input_cannot_be_resumed(small):
     lines = open(small, "rb").read()
     command = ["pretrain", "-", *TINY, "--steps", 5000]
-    run = program(*command, stdin=open(small))
+    run = Forked(*command, stdin=small)
     wait_for(lambda: os.path.exists("model.pt.state"), run)
     run.send_signal(signal.SIGTERM)
-    _, said = run.communicate(timeout=60)
+    _, said = run.communicate()
     assert run.returncode == 143 and "it serves as a checkpoint; what was read from a pipe cannot be" in said
     code, said = cli(*command, input=lines)
     assert code == 2 and "a run that read standard input or a pipe, which cannot be read again: --restart" in said
 
 
 def test_interrupted_before_training(small):
-    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
-        run = program("pretrain", "-", *TINY, stdin=subprocess.PIPE)
-        wait_for(lambda: os.path.exists("model.pt.jsonl"), run)
+    ends = {signal.SIGINT: 130, signal.SIGTERM: 143}
+    runs = [program("pretrain", "-", *TINY, "-o", f"{number}.pt", stdin=subprocess.PIPE) for number in ends]
+    for run, (number, code) in zip(runs, ends.items()):
+        wait_for(lambda: os.path.exists(f"{number}.pt.jsonl"), run)
         time.sleep(0.5)  # until it waits for its input
         run.send_signal(number)
         _, said = run.communicate(timeout=60)

@@ -16,7 +16,7 @@ import torch
 import codessm
 import data
 import tasks
-from conftest import TINY, cli, program, wait_for, write_lines
+from conftest import TINY, Forked, cli, wait_for, write_lines
 from data import Problem
 from tasks import MLM
 
@@ -73,7 +73,7 @@ def test_a_corpus_that_changes_under_a_run(small):
 
     One that shrinks is in test_processes.py.
     """
-    run = program("pretrain", small, *TINY, "--steps", 5000)
+    run = Forked("pretrain", small, *TINY, "--steps", 5000)
     wait_for(lambda: os.path.exists("model.pt.state"), run)
     os.utime(small, (1, 1))
     _, said = run.communicate(timeout=60)

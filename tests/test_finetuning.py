@@ -14,7 +14,7 @@ import codessm
 import data
 import tasks
 from codessm import Encoder
-from conftest import TINY, cli, program, wait_for, write_lines
+from conftest import TINY, Forked, cli, wait_for, write_lines
 from data import Split
 
 SCRATCH = ["--size", "tiny", "--vocab", "300", "--ctx", "32", "--workers", "0"]
@@ -593,7 +593,7 @@ def test_interrupted_fine_tuning_goes_on_bit_for_bit(toys, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     args = ["finetune", "classify", "--data", toys / "classify", *SCRATCH, "--steps", 30, "--batch", 8]
     assert cli(*args, "-o", "whole.pt")[0] == 0
-    process = program(*args, "-o", "cut.pt")
+    process = Forked(*args, "-o", "cut.pt")
     wait_for(lambda: os.path.exists("cut.pt.jsonl") and os.path.getsize("cut.pt.jsonl") > 300, process)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate()

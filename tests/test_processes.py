@@ -1,7 +1,6 @@
 """Several gloo processes against one, killed workers, signals and bad data."""
 import json
 import math
-import multiprocessing
 import os
 import signal
 import socket
@@ -16,11 +15,8 @@ import torch
 import codessm
 import data
 import tasks
-from conftest import ROOT, TINY, cli, program, wait_for, write_lines
+from conftest import ROOT, TINY, Forked, cli, command, server, wait_for, write_lines
 from tasks import MLM
-
-server = multiprocessing.get_context("forkserver")  # which imports torch once
-server.set_forkserver_preload(["codessm"])
 
 
 def launch(count, function, *args):
@@ -39,15 +35,6 @@ def run(rank, world, port, function, *args):
                       MASTER_ADDR="localhost", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     function(*args)
-
-
-def command(folder, *args):
-    """A command in a folder; what it says goes to RANK.txt there."""
-    os.chdir(folder)
-    said = os.open(f"{os.environ['RANK']}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(said, 1)
-    os.dup2(said, 2)
-    codessm.cli([str(arg) for arg in args])
 
 
 def ended(processes):
@@ -213,7 +200,7 @@ def test_a_signal_to_one_process_stops_all_and_another_number_goes_on(small, tmp
     assert "interrupted at step" in first and "the same command goes on from it" in first and second == ""
     state = tasks.read("m.pt.state")
     assert state["step"] >= 24 and state["processes"] == 2
-    run = program("pretrain", small, *LONG, "-o", "m.pt")
+    run = Forked("pretrain", small, *LONG, "-o", "m.pt")
     wait_for(lambda: logged("m.pt.jsonl") > state["step"] + 24, run)
     run.send_signal(signal.SIGINT)
     _, errors = run.communicate(timeout=60)
@@ -267,11 +254,12 @@ def test_a_killed_worker_is_started_again_and_loses_nothing(small, tmp_path):
     run = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
                             "--max-restarts", "1", "run.py", *map(str, steps), "-o", "m.pt", "--restart"], text=True,
                            stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    whole = launch(2, command, tmp_path, *steps, "-o", "whole.pt")
     wait_for(lambda: logged("m.pt.jsonl") >= 8 and os.path.exists("m.pt.state"), run)
     os.kill(int(open("pid1").read()), signal.SIGKILL)
     _, errors = run.communicate(timeout=100)
     assert run.returncode == 0 and "going on from step" in errors, errors
-    assert ended(launch(2, command, tmp_path, *steps, "-o", "whole.pt")) == [0, 0], said(2)
+    assert ended(whole) == [0, 0], said(2)
     one, other = (tasks.read(name)["weights"] for name in ("m.pt", "whole.pt"))
     assert all(torch.equal(one[name], other[name]) for name in other)
     assert open("m.pt.jsonl").read() == open("whole.pt.jsonl").read()
