@@ -338,6 +338,7 @@ CHANCE = {"classify": ("accuracy", 1 / 3), "pair": ("accuracy", 0.56), "tag": ("
 @pytest.mark.parametrize("kind", CHANCE)
 def test_learns_what_can_be_learnt_and_nothing_else(kind, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(codessm.SIZES, "tiny", dict(d=64, layers=2))
     metric, chance = CHANCE[kind]
     write_toy("true", kind)
     code, said = cli("finetune", kind, "--data", "true", *SCRATCH, "--steps", 50, "-o", "m.pt", "--json")
