@@ -19,11 +19,6 @@ import torch
 server = multiprocessing.get_context("forkserver")  # which imports torch, and what optimizers import, once
 server.set_forkserver_preload(["codessm", "pytest", "torch._dynamo"])
 ROOT = Path(codessm.__file__).resolve().parent
-# the peak memory of a process, which unlike ru_maxrss does not begin with its parent's
-PEAK = """
-def peak():
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
-"""
 TINY = ["--size", "tiny", "--vocab", "400", "--ctx", "32", "--batch", "8", "--workers", "0"]
 
 
@@ -79,6 +74,11 @@ class Forked(server.Process):
     def communicate(self, timeout=60):
         self.join(timeout)
         return "", open("0.txt").read()
+
+
+def peak():
+    """The peak memory of this process, which unlike ru_maxrss does not begin with its parent's."""
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
 
 
 def wait_for(condition, process):

@@ -1,4 +1,5 @@
 """`codessm bench`: its figures agree with each other and with what they are measures of."""
+import functools
 import json
 import subprocess
 import sys
@@ -11,11 +12,13 @@ from codessm import Encoder
 from conftest import ROOT, cli
 
 TINY = ["bench", "--size", "tiny", "--batch-tokens", 256, "--repeats", 2, "--device", "cpu"]
+RATE = functools.cache(codessm.product_rate)  # of products that take a second or two
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr(codessm.median_seconds, "__defaults__", (0.0,))
+    monkeypatch.setattr(codessm, "product_rate", RATE)
 
 
 @pytest.mark.parametrize("train", [[], ["--train"]])

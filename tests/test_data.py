@@ -19,7 +19,7 @@ import pytest
 import tokenizers
 
 import data
-from conftest import PEAK, ROOT, cli, write_lines
+from conftest import ROOT, cli, peak, server, write_lines
 from data import BadLine, Batches, Corpus, Problem, Samples
 
 
@@ -188,23 +188,22 @@ def test_held_out_is_a_hash_of_the_line(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def growth(path):
+    before = peak()
+    corpus = Corpus(data.find_sources([path]))
+    Batches(None, corpus.train, 32, [8], 0, seed=0).records_of(1, 0)
+    return peak() - before
+
+
 def test_memory_does_not_grow_with_the_corpus(tmp_path):
     """Ten times the lines cost no more than the 24 bytes a line that DESIGN allows."""
     path, line = tmp_path / "c.jsonl", json.dumps({"code": "x = 1\n" * 60}).encode() + b"\n"
-    script = PEAK + """
-import sys, data
-before = peak()
-corpus = data.Corpus(data.find_sources(sys.argv[1:]))
-batches = data.Batches(None, corpus.train, 32, [8], 0, seed=0)
-batches.records_of(1, 0)
-print(peak() - before)
-"""
     grown = []
     for count in (10_000, 100_000):
         with open(path, "wb") as file:
             file.write(line * count)
-        done = subprocess.run([sys.executable, "-c", script, str(path)], cwd=ROOT, capture_output=True, text=True)
-        grown.append(int(done.stdout))
+        with server.Pool(1) as process:
+            grown.append(process.apply(growth, [path]))
     assert 8 * 90_000 < grown[1] - grown[0] < 24 * 90_000 + 1_000_000 < 0.1 * 90_000 * len(line)
 
 

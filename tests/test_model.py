@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from functools import partial
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 
 import codessm
 from codessm import S4D, Encoder, Gelu, Kernels, Layer, TransformerLayer
-from conftest import PEAK, ROOT
+from conftest import ROOT, peak, server
 
 
 @pytest.fixture(autouse=True)
@@ -303,20 +304,22 @@ def test_each_direction_is_causal(chunk):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def cost(L):
+    """Seconds and bytes."""
+    encoder = Encoder(50, d=64, layers=2)
+    for length in (256, L):
+        before, start = peak(), time.perf_counter()
+        encoder(torch.zeros(1, length, dtype=torch.long)).sum().backward()
+    return time.perf_counter() - start, peak() - before
+
+
 def test_cost_is_linear_in_length():
     """Eight times the tokens take about eight times the time and memory, forwards and backwards."""
-    script = PEAK + """
-import sys, time, torch
-from codessm import Encoder
-def run(L): encoder(torch.zeros(1, L, dtype=torch.long)).sum().backward()
-encoder = Encoder(50, d=64, layers=2)
-run(256)
-before, start = peak(), time.perf_counter()
-run(int(sys.argv[1]))
-print(time.perf_counter() - start, peak() - before)
-"""
-    times, memory = np.array([subprocess.run([sys.executable, "-c", script, str(L)], cwd=ROOT, capture_output=True,
-                                             text=True, check=True).stdout.split() for L in (8192, 65536)], float).T
+    found = []
+    for L in (8192, 65536):
+        with server.Pool(1) as process:
+            found.append(process.apply(cost, [L]))
+    times, memory = zip(*found)
     # a cost in proportion to the square of the length would show 64
     assert times[1] / times[0] < 32 and memory[1] / memory[0] < 14 and memory[0] > 20e6
 
