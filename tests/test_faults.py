@@ -115,6 +115,7 @@ def test_steps_without_a_number_change_nothing_and_twenty_in_a_row_end_the_run(s
 
     monkeypatch.setattr(tasks.Stepper, "step", step)
     monkeypatch.setattr(tasks, "LOG_STEPS", 5)
+    monkeypatch.setitem(codessm.SIZES, "tiny", dict(d=64, layers=1))
     code, said = cli("pretrain", small, *TINY, "--steps", 100)
     assert code == 1 and "Error: the loss was no number in 20 steps in a row, up to step 50: try a lower --lr" in said
     assert "up to step 15, 5 steps were skipped" in said and "Traceback" not in said
