@@ -187,7 +187,6 @@ def test_held_out_is_a_hash_of_the_line(tmp_path):
     assert held(records[:200][::-1]) == held(records[:200])
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def growth(path):
     before = peak()
     corpus = Corpus(data.find_sources([path]))
@@ -195,6 +194,7 @@ def growth(path):
     return peak() - before
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_does_not_grow_with_the_corpus(tmp_path):
     """Ten times the lines cost no more than the 24 bytes a line that DESIGN allows."""
     path, line = tmp_path / "c.jsonl", json.dumps({"code": "x = 1\n" * 60}).encode() + b"\n"

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import codessm
-from codessm import S4D, Encoder, Gelu, Kernels, Layer, TransformerLayer
+from codessm import MODELS, S4D, Encoder, Gelu, Kernels, Layer, TransformerLayer
 from conftest import ROOT, peak, server
 
 
@@ -143,6 +143,15 @@ def test_outer_products_and_gradients_of_gates():
     y, W, b = (torch.randn(2, *shape, dtype=torch.float64, requires_grad=True) for shape in ((6, 3), (3, 3), (3,)))
     F, B = y @ W.mT + b[:, None]
     assert torch.allclose(codessm.Gate.apply(y, W, b), F * B) and torch.autograd.gradcheck(codessm.Gate.apply, (y, W, b))
+
+
+def test_tokens_come_back_in_order_and_so_do_gradients():
+    X, R = (torch.randn(3, 2, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    whole = codessm.InTokens.apply(X, R)
+    for j in range(6):  # the chunks are of 3 tokens
+        assert torch.equal(whole[:, j], (X + R)[j % 3, j // 3])
+    assert torch.equal(codessm.in_chunks(whole, (2, 3)), X + R)
+    assert torch.autograd.gradcheck(codessm.InTokens.apply, (X, R))
 
 
 def test_the_naive_float32_coefficients_would_fail():
@@ -303,7 +312,6 @@ def test_each_direction_is_causal(chunk):
     assert backwards[14:].all() and not backwards[:14].any()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def cost(L):
     """Seconds and bytes."""
     encoder = Encoder(50, d=64, layers=2)
@@ -313,6 +321,7 @@ def cost(L):
     return time.perf_counter() - start, peak() - before
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_cost_is_linear_in_length():
     """Eight times the tokens take about eight times the time and memory, forwards and backwards."""
     found = []
@@ -345,24 +354,29 @@ def test_initialisation():
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("L", [300, 1200])
-def test_bfloat16_is_within_a_hundredth_of_float64(device, L):
-    """The branches of the layers under autocast, compiled on a GPU, against the same in float64 on the CPU."""
+@pytest.mark.parametrize("model, L, bound", [("codessm", 300, 1e-2), ("codessm", 1200, 1e-2),
+                                             *((model, 300, 2e-2) for model in MODELS if model != "codessm")])
+def test_in_bfloat16_it_is_near_float64(model, L, bound, device):
+    """The branches of the layers and all gradients under autocast, compiled on a GPU, against float64 on the CPU."""
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no GPU")
-    encoder = Encoder(50, d=64, layers=2)
-    ids, lengths = torch.randint(50, (2, L)), torch.tensor([L, L - 77])
-    with torch.no_grad():
-        exact = copy.deepcopy(encoder).double()
-        expected = exact(ids, lengths) - exact.embed(ids)
-        encoder.to(device)
-        if device == "cuda":
-            encoder.compile_parts()
-        ids, lengths = ids.to(device), lengths.to(device)
-        with torch.autocast(device, torch.bfloat16):
-            ours = (encoder(ids, lengths) - encoder.embed(ids)).cpu()
-    for row, length in enumerate(lengths):
-        assert (ours[row, :length] - expected[row, :length]).norm() / expected[row, :length].norm() < 1e-2
+    encoder, lengths = Encoder(50, d=64, layers=2, model=model, ctx=L).eval(), torch.tensor([L, L - 77])
+    ids, weights = torch.randint(50, (2, L)), torch.randn(2, L, 64)
+    weights[1, L - 77:] = 0
+
+    def run(encoder, device="cpu", autocast=False):
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
+            branches = encoder(ids.to(device), lengths.to(device)) - encoder.embed(ids.to(device))
+        (branches * weights.to(device)).sum().backward()
+        found = [branches[0], branches[1, :L - 77], torch.cat([p.grad.flatten() for p in encoder.parameters()])]
+        return [part.detach().cpu().double() for part in found]
+
+    expected = run(copy.deepcopy(encoder).double())
+    encoder.to(device)
+    if device == "cuda":
+        encoder.compile_parts()
+    for ours, theirs, bound in zip(run(encoder, device, True), expected, (bound, bound, 2 * bound)):
+        assert (ours - theirs).norm() / theirs.norm() < bound
 
 
 def test_autocast_keeps_kernels_in_float32_and_activations_in_bfloat16(monkeypatch):
