@@ -8,6 +8,7 @@ arXiv 2206.11893), as in CodeSSM (Verma et al. 2025, arXiv 2505.01475). Shapes a
 
     B  batch      L  length in tokens      d  model width
     c  length of a chunk                   n  chunks a sequence, n c >= L
+    k  S4D kernels a direction             m  chunks whose states are one product, at most `GROUP`
     N  complex modes of an S4D kernel: A, C, and A-bar, C-bar after discretisation with step Delta
     T, E, O, W  the convolution as matrix products: within a chunk, into the state, out of it, across chunks
 
@@ -183,18 +184,18 @@ class Convolution(torch.autograd.Function):
 
         S = E u     H_(j + 1) = A-bar^c H_j + S_j  (`carry`)     y = [T O] [u, H]
 
-    and backwards, with H' for the gradient of H and so on, the states' recurrence run the other way:
+    Its gradients are found by the same products, and the states' by the recurrence run the other way:
 
-        [T^T y', H'] = [T O]^T y'     S'_j = conj(A-bar^c) S'_(j + 1) + H'_(j + 1)     u' = T^T y' + E^T S'
+        [T^T dy, dH] = [T O]^T dy     dS_j = conj(A-bar^c) dS_(j + 1) + dH_(j + 1)     du = T^T dy + E^T dS
 
-    The gradient of A-bar^c is sum_j S'_j conj(H_j), and W, its powers, needs none.
+    That of A-bar^c is sum_j dS_j conj(H_j), and its powers W need none. They cannot be differentiated again.
     """
 
     @staticmethod
     def forward(ctx, u: torch.Tensor, TO: torch.Tensor, E: torch.Tensor | None, A: torch.Tensor | None,
                 W: torch.Tensor | None, causal: bool) -> torch.Tensor:
-        k, c, n, B, d = u.shape
-        u = u.reshape(k, c, -1)
+        shape, (c, n) = u.shape, u.shape[1:3]
+        u = u.reshape(*u.shape[:2], -1)
         if E is not None:
             u = pad(u, (0, 0, 0, E.shape[1]))  # room for H, which is then read with u and kept with it
             S = torch.bmm(E, u[:, :c])
@@ -202,32 +203,32 @@ class Convolution(torch.autograd.Function):
             H.copy_(carry(S.view(len(W), 2, n, -1), W, (False, not causal)).view(S.shape))
         ctx.save_for_backward(u, TO, E, W)
         ctx.causal = causal
-        return torch.bmm(TO, u).view(k, c, n, B, d)
+        return torch.bmm(TO, u).view(shape)
 
     @staticmethod
     def backward(ctx, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         u, TO, E, W = ctx.saved_tensors
-        shape, (k, c, n) = dy.shape, dy.shape[:3]
-        dy = dy.reshape(k, c, -1)
+        shape, (c, n) = dy.shape, dy.shape[1:3]
+        dy = dy.reshape(*dy.shape[:2], -1)
         du, dTO = torch.bmm(TO.mT, dy), outer(dy, u)
         if E is None:
             return du.view(shape), dTO, None, None, None, None
+        # (the blocks of W transposed are those of the conjugate)
         dS = carry(du[:, c:].reshape(len(W), 2, n, -1), W.transpose(1, 3), (True, ctx.causal))
-        (S_re, S_im), (H_re, H_im) = (states.view(k, -1, 2, dy.shape[-1]).to(W.dtype).unbind(2)
-                                      for states in (dS, u[:, c:]))
+        dS = dS.view(*E.shape[:2], -1)
+        (S_re, S_im), (H_re, H_im) = (states.unflatten(1, (-1, 2)).to(W.dtype).unbind(2) for states in (dS, u[:, c:]))
         dA = torch.stack([(S_re * H_re + S_im * H_im).sum(-1), (S_im * H_re - S_re * H_im).sum(-1)], -1)
-        dS = dS.view(k, -1, dy.shape[-1])
         return (du[:, :c] + torch.bmm(E.mT, dS)).view(shape), dTO, outer(dS, u[:, :c]), dA, None, None
 
 
 def outer(dy: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-    """dy u^T (k, r, q) of dy (k, r, m) and u (k, q, m), in their dtype; m is by far the largest.
+    """dy u^T (2k, r, q) of dy (2k, r, l) and u (2k, q, l), in their dtype; l is by far the largest.
 
-    A sum of eight parts of m, in float32: one product of so few rows and columns would not fill a GPU.
+    It is a sum over eight parts of l: one product of so few rows and columns would not fill a GPU.
     """
-    parts, wide = math.gcd(8, u.shape[-1]), torch.promote_types(u.dtype, torch.float32)
+    parts = math.gcd(8, u.shape[-1])
     sides = ([side.unflatten(-1, (parts, -1)).transpose(0, 1) for side in pair] for pair in zip(dy, u))
-    return torch.stack([torch.bmm(dy, u.mT).sum(0, dtype=wide) for dy, u in sides]).to(u.dtype)
+    return torch.stack([torch.bmm(dy, u.mT).sum(0) for dy, u in sides])
 
 
 def carry(S: torch.Tensor, W: torch.Tensor, backwards: tuple[bool, bool]) -> torch.Tensor:
@@ -252,12 +253,12 @@ def carry(S: torch.Tensor, W: torch.Tensor, backwards: tuple[bool, bool]) -> tor
                 W, S = torch.cat([high, (W - high).to(dtype)], -1), torch.cat([S, S], 1)
             return torch.bmm(W, S.flatten(1, 2)).view(shape)
         for S in in_time(S.to(W.dtype), 2).split(m, 2):
-            k = S.shape[2] + 1
+            rows = S.shape[2] + 1
             if H is None:
-                A = W[:, :, :k, :, 1:k]
+                A = W[:, :, :rows, :, 1:rows]
             else:
-                A, S = W[:, :, :k, :, :k], torch.cat([H, S], 2)
-            H = torch.bmm(A.flatten(3).flatten(1, 2), S.flatten(1, 2)).unflatten(1, (2, k))
+                A, S = W[:, :, :rows, :, :rows], torch.cat([H, S], 2)
+            H = torch.bmm(A.flatten(3).flatten(1, 2), S.flatten(1, 2)).unflatten(1, (2, rows))
             states.append(H[:, :, :-1])
             H = H[:, :, -1:]
         return in_time(torch.cat(states, 2).to(dtype), 2)
@@ -297,7 +298,7 @@ def sigmoid(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """t = min(x^2, 4.5^2) and 1 / (1 + e^-z) of z = x q(t), of float32 x; where e^-z is beyond float32, 0."""
     t = (x * x).clamp(max=4.5 ** 2)
     e = torch.exp2(-math.log2(math.e) * x * (Q0 + t * (Q1 + t * Q2)))
-    return t, torch.rsqrt(1 + e).square()  # a GPU has an instruction for rsqrt, and none for a quotient
+    return t, torch.rsqrt(1 + e).square()  # on a GPU one instruction, a quotient takes several
 
 
 class Layer(nn.Module):

@@ -16,9 +16,10 @@ import data
 import tasks
 import torch
 
-server = multiprocessing.get_context("forkserver")  # which imports torch, and what optimizers import, once
-server.set_forkserver_preload(["codessm", "pytest", "torch._dynamo"])
 ROOT = Path(codessm.__file__).resolve().parent
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+forkserver = multiprocessing.get_context("forkserver")  # imports torch, and what optimizers import, once
+forkserver.set_forkserver_preload(["codessm", "pytest", "torch._dynamo"])
 TINY = ["--size", "tiny", "--vocab", "400", "--ctx", "32", "--batch", "8", "--workers", "0"]
 
 
@@ -56,7 +57,7 @@ def command(folder, *args, stdin=os.devnull, **settings):
     codessm.cli([str(arg) for arg in args])
 
 
-class Forked(server.Process):
+class Forked(forkserver.Process):
     """`program` without its five seconds of imports: a `command` in the current folder, much like a `Popen`."""
 
     def __init__(self, *args, **settings):
@@ -73,7 +74,17 @@ class Forked(server.Process):
 
     def communicate(self, timeout=60):
         self.join(timeout)
-        return "", open("0.txt").read()
+        assert self.exitcode is not None, "it goes on and on"
+        return "", Path("0.txt").read_text()
+
+
+@pytest.fixture(autouse=True)
+def nothing_goes_on():
+    """Ends what a test that failed has left; pytest would wait for it."""
+    yield
+    for process in multiprocessing.active_children():
+        process.kill()
+        process.join()
 
 
 def peak():

@@ -19,7 +19,7 @@ import pytest
 import tokenizers
 
 import data
-from conftest import ROOT, cli, peak, server, write_lines
+from conftest import ROOT, cli, forkserver, peak, write_lines
 from data import BadLine, Batches, Corpus, Problem, Samples
 
 
@@ -202,7 +202,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
     for count in (10_000, 100_000):
         with open(path, "wb") as file:
             file.write(line * count)
-        with server.Pool(1) as process:
+        with forkserver.Pool(1) as process:
             grown.append(process.apply(growth, [path]))
     assert 8 * 90_000 < grown[1] - grown[0] < 24 * 90_000 + 1_000_000 < 0.1 * 90_000 * len(line)
 

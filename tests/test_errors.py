@@ -215,7 +215,7 @@ def test_a_disk_that_fills_up_while_training(small, monkeypatch, state):
 
 @contextmanager
 def largest_file(size):
-    """Stands in for a disk that is full."""
+    """Stands in for a disk that is full; it binds pytest's own files too, for so long."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:

@@ -15,7 +15,7 @@ import torch
 import codessm
 import data
 import tasks
-from conftest import ROOT, TINY, Forked, cli, command, server, wait_for, write_lines
+from conftest import ROOT, TINY, Forked, cli, command, forkserver, wait_for, write_lines
 from tasks import MLM
 
 
@@ -24,7 +24,7 @@ def launch(count, function, *args):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    processes = [server.Process(target=run, args=(rank, count, port, function, *args)) for rank in range(count)]
+    processes = [forkserver.Process(target=run, args=(rank, count, port, function, *args)) for rank in range(count)]
     for process in processes:
         process.start()
     return processes

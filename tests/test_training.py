@@ -153,7 +153,7 @@ def test_a_tiny_model_overfits_32_samples(tokenizer, corpus):
     assert metrics["accuracy"] > 0.95
 
 
-@torch._dynamo.config.patch(cache_size_limit=2)  # fewer than dynamo's own 8, or what earlier tests have left
+@torch._dynamo.config.patch(cache_size_limit=2)  # (its own is 8; earlier tests leave 256)
 @pytest.mark.parametrize("model", ["codessm", "rocoder"])
 def test_compilations_are_as_many_as_lengths_and_modes(model, tokenizer, corpus, compiler, monkeypatch):
     """Over two epochs of mixed lengths and an evaluation; hitting dynamo's limit would fail (`compiler`)."""
@@ -370,8 +370,10 @@ def test_a_killed_run_ends_as_an_undisturbed_one(small):
     command = ["pretrain", small, *TINY, "--steps", 40, "--workers", 2]
     code, said = cli(*command, "-o", "whole.pt")
     assert code == 0, said
-    stops = sorted(np.random.default_rng(int(time.time())).integers(8, 29, 2))
-    for stop, number, save_seconds in zip(stops, (signal.SIGKILL, signal.SIGTERM), np.random.permutation([0, 300])):
+    rng = np.random.default_rng(int(time.time()))
+    stops = [*zip(sorted(rng.integers(8, 29, 2).tolist()), (signal.SIGKILL, signal.SIGTERM),
+                  rng.permutation([0, 300]).tolist())]
+    for stop, number, save_seconds in stops:
         before = log_time("m.pt.jsonl")
         run = Forked(*command, "-o", "m.pt", SAVE_SECONDS=save_seconds)
         wait_for(lambda: log_time("m.pt.jsonl") > before and logged_steps("m.pt.jsonl") >= stop
