@@ -22,7 +22,8 @@ def quick(monkeypatch):
 
 
 @pytest.mark.parametrize("train", [[], ["--train"]])
-def test_the_json_has_every_figure(train):
+def test_the_json_has_every_figure(train, monkeypatch):
+    monkeypatch.setitem(codessm.SIZES, "tiny", dict(d=64, layers=1))
     code, said = cli(*TINY, "--lengths", "32,128", "--attention", "both", "--convolution", "both", "--json", *train)
     assert code == 0, said
     result = json.loads(said.splitlines()[-1])
@@ -36,8 +37,8 @@ def test_the_json_has_every_figure(train):
         assert row["tokens_per_second"] == pytest.approx(256 / row["seconds"])
         assert row["samples_per_second"] == pytest.approx(row["batch"] / row["seconds"])
         assert row["ratio"] == pytest.approx(row["tokens_per_second"] / rows[i // 4 * 4]["tokens_per_second"])
-        # of width d a layer of codessm has 13 d^2 weights in linear maps, one of rocoder 12 d^2
-        FLOP = 2 * 4 * (13 if row["model"] == "codessm" else 12) * 128 ** 2 * (3 if train else 1)
+        # the one layer of codessm has 13 d^2 weights in linear maps, one of rocoder 12 d^2
+        FLOP = 2 * (13 if row["model"] == "codessm" else 12) * 64 ** 2 * (3 if train else 1)
         assert row["share"] == pytest.approx(FLOP * row["tokens_per_second"] / result["product_rate"])
 
 
