@@ -239,7 +239,7 @@ def carry(S: torch.Tensor, W: torch.Tensor, backwards: tuple[bool, bool]) -> tor
     has 16 bits, and is summed in float32. More chunks go m at a time, in float32, with the state before them: the cost
     is linear in n.
     """
-    n, m, dtype, H, states = S.shape[2], W.shape[-1] - 1, S.dtype, None, []
+    n, m, dtype, states = S.shape[2], W.shape[-1] - 1, S.dtype, []
 
     def in_time(M: torch.Tensor, *dims: int) -> torch.Tensor:
         return torch.cat([half.flip(dims) if back else half for half, back in zip(M.chunk(2), backwards)])
@@ -252,13 +252,12 @@ def carry(S: torch.Tensor, W: torch.Tensor, backwards: tuple[bool, bool]) -> tor
                 high = W.to(dtype)
                 W, S = torch.cat([high, (W - high).to(dtype)], -1), torch.cat([S, S], 1)
             return torch.bmm(W, S.flatten(1, 2)).view(shape)
+        H = torch.zeros_like(S[:, :, :1], dtype=W.dtype)
         for S in in_time(S.to(W.dtype), 2).split(m, 2):
-            rows = S.shape[2] + 1
-            if H is None:
-                A = W[:, :, :rows, :, 1:rows]
-            else:
-                A, S = W[:, :, :rows, :, :rows], torch.cat([H, S], 2)
-            H = torch.bmm(A.flatten(3).flatten(1, 2), S.flatten(1, 2)).unflatten(1, (2, rows))
+            S = torch.cat([H, S], 2)
+            rows = S.shape[2]
+            A = W[:, :, :rows, :, :rows].flatten(3).flatten(1, 2)
+            H = torch.bmm(A, S.flatten(1, 2)).unflatten(1, (2, rows))
             states.append(H[:, :, :-1])
             H = H[:, :, -1:]
         return in_time(torch.cat(states, 2).to(dtype), 2)
