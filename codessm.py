@@ -197,9 +197,11 @@ class Convolution(torch.autograd.Function):
         shape, (c, n) = u.shape, u.shape[1:3]
         u = u.reshape(*u.shape[:2], -1)
         if E is not None:
-            u = pad(u, (0, 0, 0, E.shape[1]))  # room for H, which is then read with u and kept with it
-            S = torch.bmm(E, u[:, :c])
-            H = u.as_strided(S.shape, u.stride(), c * S.shape[-1])  # (compiled, a write to a slice would copy all of u)
+            # H is read with u and kept with it (compiled, a write to a slice would copy the whole)
+            uH = u.new_empty(len(u), c + E.shape[1], u.shape[-1])
+            uH.as_strided(u.shape, uH.stride()).copy_(u)
+            u, S = uH, torch.bmm(E, uH[:, :c])
+            H = u.as_strided(S.shape, u.stride(), c * S.shape[-1])
             H.copy_(carry(S.view(len(W), 2, n, -1), W, (False, not causal)).view(S.shape))
         ctx.save_for_backward(u, TO, E, W)
         ctx.causal = causal
@@ -235,9 +237,8 @@ def carry(S: torch.Tensor, W: torch.Tensor, backwards: tuple[bool, bool]) -> tor
     """The states before each chunk from each chunk's own contributions S, both (2k N, 2, n, ...), in S's dtype.
 
     H_i = sum_(j < i) A-bar^(c (i - 1 - j)) S_j, or (j > i) of j - 1 - i in the halves of the kernels that run
-    `backwards`. Up to m chunks are one product. S of bfloat16 is multiplied by W as the sum of two of bfloat16, which
-    has 16 bits, and is summed in float32. More chunks go m at a time, in float32, with the state before them: the cost
-    is linear in n.
+    `backwards`. Up to m chunks are one product, in which each power of A-bar^c is rounded once and nothing adds up from
+    chunk to chunk. More chunks go m at a time, in float32, with the state before them: the cost is linear in n.
     """
     n, m, dtype, states = S.shape[2], W.shape[-1] - 1, S.dtype, []
 
@@ -247,11 +248,7 @@ def carry(S: torch.Tensor, W: torch.Tensor, backwards: tuple[bool, bool]) -> tor
     with torch.autocast(S.device.type, enabled=False):
         if n <= m:
             W = in_time(W[:, :, :n, :, 1:n + 1], 2, 4).flatten(3).flatten(1, 2)
-            shape = S.shape
-            if dtype != W.dtype:
-                high = W.to(dtype)
-                W, S = torch.cat([high, (W - high).to(dtype)], -1), torch.cat([S, S], 1)
-            return torch.bmm(W, S.flatten(1, 2)).view(shape)
+            return torch.bmm(W.to(dtype), S.flatten(1, 2)).view(S.shape)
         H = torch.zeros_like(S[:, :, :1], dtype=W.dtype)
         for S in in_time(S.to(W.dtype), 2).split(m, 2):
             S = torch.cat([H, S], 2)
