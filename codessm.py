@@ -663,6 +663,7 @@ class Encoder(nn.Module):
     """
     chunk: int | None = None  # the longest c, if not the device's
     fft = False  # convolve by FFT, for comparison
+    kept: dict | None = None  # what layers are given, by the shape of X, while weights stay as they are
 
     def __init__(self, vocab: int, d: int, layers: int, N: int = 64, model: str = "codessm",
                  kernels: int | None = None, ctx: int | None = None):
@@ -734,8 +735,13 @@ class Encoder(nn.Module):
         return n, -(-L // (8 * n)) * 8  # the matrix units want multiples of 8
 
     def given(self, X: torch.Tensor) -> list:
-        """What each layer needs beside X, by its own account."""
-        return type(self.layers[0]).given(self, X)
+        """What each layer needs beside X, by its own account; if it is `kept`, made once a shape of X."""
+        layer, shape = type(self.layers[0]), X.shape[:2]
+        if self.kept is None or layer is ZambaLayer:  # which needs X itself
+            return layer.given(self, X)
+        if shape not in self.kept:
+            self.kept[shape] = layer.given(self, X)
+        return self.kept[shape]
 
     def compile_parts(self) -> None:
         """Compile the layers, which share their code and so one compilation a shape, and the embedding.
@@ -1681,9 +1687,9 @@ def bench_one(model: str, form: str, size: str, length: int, batch: int, train: 
 def bench(lengths, names, train, batch_tokens, attention, convolution, repeats, size, device, compiled, as_json):
     """Measure speed and memory of the models on this machine.
 
-    A batch is full, without padding. The memory is what is allocated at most beyond the weights, the share is that of
-    the model's linear projections in the rate of one large matrix product, the first run is the one that compiles, or
-    finds what was compiled before.
+    A batch is full, without padding; in inference the weights stay as they are, as in an evaluation. The memory is
+    what is allocated at most beyond the weights, the share is that of the model's linear projections in the rate of
+    one large matrix product, the first run is the one that compiles, or finds what was compiled before.
     """
     attend = [name for name in names if MODELS[name].layer is TransformerLayer]
     convolving = [name for name in names if MODELS[name].kernels]

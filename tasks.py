@@ -9,7 +9,8 @@ and, if it is fine-tuned,
     results(batches, split)  for `predict`, a dict an example
     lines(outputs, split)    for a file of predictions
 Any encoder will do that has `config` (a dict with `d` and `vocab`), `embedding`, `compile_parts()`, and maps ids
-(B, L) and lengths (B,), or None where every token is real, to hidden states (B, L, d).
+(B, L) and lengths (B,), or None where every token is real, to hidden states (B, L, d). `inference` lends it a dict,
+`kept`, for what it makes of its weights alone.
 """
 import atexit
 import errno
@@ -722,8 +723,20 @@ class Recorder:
 
 
 def inference(task: nn.Module, function: Callable) -> Recorder:
-    """`compute` of a function of the task, to be called on the tensors of many batches."""
-    return Recorder(lambda tensors: compute(task, tensors, function), next(task.parameters()).device)
+    """`compute` of a function of the task, to be called on the tensors of many batches, without gradients.
+
+    The weights stay as they are meanwhile: what the encoder makes of them alone it need not make for each batch.
+    """
+    kept: dict = {}
+
+    def run(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+        task.encoder.kept = kept
+        try:
+            return compute(task, tensors, function)
+        finally:
+            task.encoder.kept = None
+
+    return Recorder(run, next(task.parameters()).device)
 
 
 class Stepper:
