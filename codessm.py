@@ -359,17 +359,24 @@ class Layer(nn.Module):
 
     @staticmethod
     def given(encoder: nn.Module, X: torch.Tensor) -> list[Kernels]:
-        """The `Kernels` of each layer of an encoder for X (c, n, B, d), made for all layers at once."""
-        (c, n), layers = X.shape[:2], encoder.layers
+        """The `Kernels` of each layer of an encoder for X (c, n, B, d), made for all layers at once, or `kept`."""
+        (c, n), layers, kept = X.shape[:2], encoder.layers, encoder.kept
         if layers[0].fourier:
             return [Kernels()] * len(layers)
+        if kept and (c, n) in kept:
+            return kept[c, n]
         ssms = [ssm for layer in layers for ssm in (layer.forward_ssm, layer.backward_ssm)]
         several = layers[0].kernels > 1  # (then each parameter has a dimension of them, which joins that of directions)
         stacked = (torch.stack([getattr(ssm, name) for ssm in ssms]).unflatten(0, (-1, 2)).flatten(1, 1 + several)
                    for name in ("A_re", "A_im", "C", "D", "log_step"))
         matrices = kernels(*stacked, c, n, compute_dtype(X), encoder.fft, layers[0].causal)
-        return [Kernels(*given) for given in
+        made = [Kernels(*given) for given in
                 zip(*(itertools.repeat(None) if M is None else M.unbind() for M in matrices))]
+        if kept is not None:
+            held = sum(M.nbytes for each in (made, *kept.values()) for given in each for M in given if M is not None)
+            if held <= MOST_KEPT:
+                kept[c, n] = made
+        return made
 
 
 class Gate(torch.autograd.Function):
@@ -620,6 +627,7 @@ MODELS = {
 }
 CHUNK = {"cuda": 512}  # the longest c there; elsewhere 256
 GROUP = 64  # m, chunks
+MOST_KEPT = 2 ** 28  # bytes
 
 
 def compute_dtype(X: torch.Tensor) -> torch.dtype:
@@ -663,7 +671,7 @@ class Encoder(nn.Module):
     """
     chunk: int | None = None  # the longest c, if not the device's
     fft = False  # convolve by FFT, for comparison
-    kept: dict | None = None  # what layers are given, by the shape of X, while weights stay as they are
+    kept: dict | None = None  # while weights stay as they are, the `Kernels` of all layers by (c, n)
 
     def __init__(self, vocab: int, d: int, layers: int, N: int = 64, model: str = "codessm",
                  kernels: int | None = None, ctx: int | None = None):
@@ -735,13 +743,8 @@ class Encoder(nn.Module):
         return n, -(-L // (8 * n)) * 8  # the matrix units want multiples of 8
 
     def given(self, X: torch.Tensor) -> list:
-        """What each layer needs beside X, by its own account; if it is `kept`, made once a shape of X."""
-        layer, shape = type(self.layers[0]), X.shape[:2]
-        if self.kept is None or layer is ZambaLayer:  # which needs X itself
-            return layer.given(self, X)
-        if shape not in self.kept:
-            self.kept[shape] = layer.given(self, X)
-        return self.kept[shape]
+        """What each layer needs beside X, by its own account."""
+        return type(self.layers[0]).given(self, X)
 
     def compile_parts(self) -> None:
         """Compile the layers, which share their code and so one compilation a shape, and the embedding.
@@ -1654,8 +1657,7 @@ def bench_one(model: str, form: str, size: str, length: int, batch: int, train: 
         forward = tasks.inference(task, encoder)
 
         def run():
-            with torch.no_grad():
-                return forward({"ids": ids})
+            return forward({"ids": ids})
 
     begun = time.monotonic()
     float(run().sum())  # waits for a GPU
@@ -1687,9 +1689,10 @@ def bench_one(model: str, form: str, size: str, length: int, batch: int, train: 
 def bench(lengths, names, train, batch_tokens, attention, convolution, repeats, size, device, compiled, as_json):
     """Measure speed and memory of the models on this machine.
 
-    A batch is full, without padding; in inference the weights stay as they are, as in an evaluation. The memory is
-    what is allocated at most beyond the weights, the share is that of the model's linear projections in the rate of
-    one large matrix product, the first run is the one that compiles, or finds what was compiled before.
+    A batch is full, without padding; kernels are made once a length in inference, as they are in an evaluation, and in
+    each step of training. The memory is what is allocated at most beyond the weights, the share is that of the model's
+    linear projections in the rate of one large matrix product, the first run is the one that compiles, or finds what
+    was compiled before.
     """
     attend = [name for name in names if MODELS[name].layer is TransformerLayer]
     convolving = [name for name in names if MODELS[name].kernels]

@@ -412,10 +412,10 @@ class Tagging(nn.Module):
 
     def outputs(self, batches: Iterable[Batch], split: Split) -> list[tuple[np.ndarray, np.ndarray]]:
         """(gold, predicted) label numbers of the labelled words of each window, in the order of the files."""
-        windows: list = [None] * len(split)
+        windows, run = [None] * len(split), inference(self, self.predict)
         for batch in batches:
             tensors, _ = self.prepare(batch)
-            predicted = compute(self, tensors, self.predict).cpu().numpy()
+            predicted = run(tensors).cpu().numpy()
             gold = tensors["targets"].numpy()
             ends = np.cumsum((gold != IGNORE).sum(1))[:-1]
             for window, *found in zip(batch.records, np.split(gold[gold != IGNORE], ends), np.split(predicted, ends)):
@@ -723,20 +723,22 @@ class Recorder:
 
 
 def inference(task: nn.Module, function: Callable) -> Recorder:
-    """`compute` of a function of the task, to be called on the tensors of many batches, without gradients.
+    """`compute` of a function of the task without gradients, to be called on the tensors of many batches.
 
     The weights stay as they are meanwhile: what the encoder makes of them alone it need not make for each batch.
+    Recorded (`Recorder`) but for tagging, whose batches differ in the number of labelled words.
     """
-    kept: dict = {}
+    kept: dict = {}  # recordings read what is in it, so nothing leaves it before they do
 
     def run(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
         task.encoder.kept = kept
         try:
-            return compute(task, tensors, function)
+            with torch.no_grad():
+                return compute(task, tensors, function)
         finally:
             task.encoder.kept = None
 
-    return Recorder(run, next(task.parameters()).device)
+    return Recorder(run, next(task.parameters()).device, not isinstance(task, Tagging))
 
 
 class Stepper:

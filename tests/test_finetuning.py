@@ -240,7 +240,11 @@ def test_accumulation_of_retrieval_keeps_all_negatives(tokenizer, functions):
 
 
 @pytest.mark.parametrize("batch, lengths", [(1, [64]), (7, [24, 64]), (64, [16, 32, 64])])
-def test_evaluation_is_the_same_at_any_batch_size(tokenizer, functions, batch, lengths):
+def test_evaluation_is_the_same_at_any_batch_size(tokenizer, functions, batch, lengths, monkeypatch):
+    """And makes the kernels once a length."""
+    calls, kernels = [], codessm.kernels
+    monkeypatch.setattr(codessm, "kernels", lambda *args: calls.append(args) or kernels(*args))
+
     def files(i):
         words = functions[i]["code"].split()
         return words, [w if len(w) < 3 else None for w in words]
@@ -256,7 +260,9 @@ def test_evaluation_is_the_same_at_any_batch_size(tokenizer, functions, batch, l
         with torch.no_grad():
             for parameter in task.parameters():
                 parameter.mul_(3)  # predictions that differ
+        calls.clear()
         one, outputs = tasks.evaluate(task, split.each(batch, lengths), split)
+        assert 1 <= len(calls) <= len(lengths)
         two, again = tasks.evaluate(task, split.each(13, [40, 64]), split)
         assert one == pytest.approx(two, abs=1e-9)
         if kind == "tag":

@@ -186,31 +186,32 @@ def test_gradients_reach_every_parameter_and_a_file_holds_the_model(model, token
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("model", MODELS)
-def test_what_weights_alone_give_is_made_once_an_inference(model, device, monkeypatch):
-    """And again for the next, whose weights may be others; on a GPU from the third batch on it is in the recording."""
+@pytest.mark.parametrize("model", ["codessm", "codessm-8k", "codessm-hf"])
+def test_kernels_are_made_once_a_length_of_an_inference(model, device, monkeypatch):
+    """And again for the next, whose weights may be others, or each time if they are large; a GPU records with them."""
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no GPU")
     made, calls = encoder(model).to(device), []
-    task, layer = tasks.MLM(made, None), type(made.layers[0])
-    given = layer.given
-    monkeypatch.setattr(layer, "given", lambda *args: calls.append(args) or given(*args))
+    task, kernels = tasks.MLM(made, None), codessm.kernels
+    monkeypatch.setattr(codessm, "kernels", lambda *args: calls.append(args) or kernels(*args))
     batches = [torch.randint(50, (3, L)) for L in (40, 24, 40, 40, 24, 40)]
-    for _ in range(2):
+    for most, times in ((2 ** 20, 2), (2 ** 20, 2), (0, 5 if device == "cuda" else 6)):
+        monkeypatch.setattr(codessm, "MOST_KEPT", most)
         run = tasks.inference(task, made)
+        found = [run({"ids": ids}) for ids in batches]
+        assert made.kept is None and not found[0].requires_grad and len(calls) == times
+        assert len(run.recorded) == (device == "cuda")
+        bound = 1e-2 if device == "cuda" else 0
         with torch.no_grad():
-            found = [run({"ids": ids}) for ids in batches]
-            assert made.kept is None and (model == "zamba" or len(calls) == 2)
-            assert len(run.recorded) == (device == "cuda")
-            direct = [tasks.compute(task, {"ids": ids}, made) for ids in batches]
-            bound = 1e-2 if device == "cuda" else 0
-            assert all((ours - theirs).norm() <= bound * theirs.norm() for ours, theirs in zip(found, direct))
+            for ids, ours in zip(batches, found):
+                theirs = tasks.compute(task, {"ids": ids}, made)
+                assert (ours - theirs).norm() <= bound * theirs.norm()
             disturb(made)
             for parameter in made.parameters():
                 parameter.mul_(1.1)
         calls.clear()
-    monkeypatch.setattr(layer, "forward", lambda *_: {}["fails"])
-    with pytest.raises(KeyError), torch.no_grad():
+    monkeypatch.setattr(Layer, "forward", lambda *_: {}["fails"])
+    with pytest.raises(KeyError):
         tasks.inference(task, made)({"ids": batches[0]})
     assert made.kept is None
 
