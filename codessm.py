@@ -200,9 +200,10 @@ class Convolution(torch.autograd.Function):
             # H is read with u and kept with it (compiled, a write to a slice would copy the whole)
             uH = u.new_empty(len(u), c + E.shape[1], u.shape[-1])
             uH.as_strided(u.shape, uH.stride()).copy_(u)
-            u, S = uH, torch.bmm(E, uH[:, :c])
-            H = u.as_strided(S.shape, u.stride(), c * S.shape[-1])
+            S = torch.bmm(E, uH[:, :c])
+            H = uH.as_strided(S.shape, uH.stride(), c * S.shape[-1])
             H.copy_(carry(S.view(len(W), 2, n, -1), W, (False, not causal)).view(S.shape))
+            u = uH
         ctx.save_for_backward(u, TO, E, W)
         ctx.causal = causal
         return torch.bmm(TO, u).view(shape)
@@ -1648,16 +1649,10 @@ def bench_one(model: str, form: str, size: str, length: int, batch: int, train: 
         count = max(1, round(0.15 * batch * length))
         stepper = tasks.Stepper(task, tasks.adamw(task, 1e-5), graphs=compiled)
         where = torch.randperm(batch * length, device=device)[:count]
-        tensors = dict(ids=ids, targets=ids.long(), where=where)
-
-        def run():
-            return stepper.take([tensors], count)
+        run = partial(stepper.take, [dict(ids=ids, targets=ids.long(), where=where)], count)
     else:
         task.eval()
-        forward = tasks.inference(task, encoder)
-
-        def run():
-            return forward({"ids": ids})
+        run = partial(tasks.inference(task, encoder), {"ids": ids})
 
     begun = time.monotonic()
     float(run().sum())  # waits for a GPU

@@ -679,13 +679,15 @@ class Recorder:
     """`function(tensors)` on a device; on a GPU recorded as a CUDA graph once the shapes have come `BEFORE` times.
 
     Of a small batch it takes longer to launch kernels one by one than to run them; of a larger one than `MOST_TOKENS`
-    the memory of a graph would not be worth its time. Where a recording fails, a line says so and none is made.
+    the memory of a graph would not be worth its time. Nor is tagging recorded, whose batches differ in the number of
+    labelled words. Where a recording fails, a line says so and none is made.
     """
     BEFORE, MOST, MOST_TOKENS = 2, 64, 16_384
 
-    def __init__(self, function: Callable[[dict[str, torch.Tensor]], torch.Tensor], device: torch.device,
+    def __init__(self, function: Callable[[dict[str, torch.Tensor]], torch.Tensor], task: nn.Module,
                  wanted: bool = True):
-        self.function, self.device, self.wanted = function, device, wanted and device.type == "cuda"
+        self.function, self.device = function, next(task.parameters()).device
+        self.wanted = wanted and self.device.type == "cuda" and not isinstance(task, Tagging)
         self.seen: dict[tuple, int] = {}
         self.recorded: dict[tuple, tuple[torch.cuda.CUDAGraph, dict[str, torch.Tensor], torch.Tensor]] = {}
 
@@ -726,7 +728,6 @@ def inference(task: nn.Module, function: Callable) -> Recorder:
     """`compute` of a function of the task without gradients, to be called on the tensors of many batches.
 
     The weights stay as they are meanwhile: what the encoder makes of them alone it need not make for each batch.
-    Recorded (`Recorder`) but for tagging, whose batches differ in the number of labelled words.
     """
     kept: dict = {}  # recordings read what is in it, so nothing leaves it before they do
 
@@ -738,7 +739,7 @@ def inference(task: nn.Module, function: Callable) -> Recorder:
         finally:
             task.encoder.kept = None
 
-    return Recorder(run, next(task.parameters()).device, not isinstance(task, Tagging))
+    return Recorder(run, task)
 
 
 class Stepper:
@@ -748,15 +749,14 @@ class Stepper:
 
     Args:
         accumulate: cut each batch into so many pieces; the gradients are the same sums, and travel once a step.
-        graphs: record steps (`Recorder`). Not of tagging, whose batches differ in the number of labelled words, nor of
-            several processes, whose batches are large and whose gradients travel while others are being computed.
+        graphs: record steps (`Recorder`). Not of several processes, whose batches are large and whose gradients travel
+            while others are being computed.
     """
 
     def __init__(self, task: nn.Module, optimizer: torch.optim.Optimizer, accumulate: int = 1, graphs: bool = False):
         self.task, self.optimizer, self.accumulate = task, optimizer, accumulate
         self.device, self.ordered = next(task.parameters()).device, world() == 1
-        self.recorder = Recorder(lambda tensors: self.step([tensors]), self.device,
-                                 graphs and accumulate == 1 and not isinstance(task, Tagging) and world() == 1)
+        self.recorder = Recorder(lambda tensors: self.step([tensors]), task, graphs and accumulate == 1 and world() == 1)
         if self.recorder.wanted:
             for group in optimizer.param_groups:
                 group["capturable"] = True
