@@ -185,14 +185,26 @@ def test_gradients_reach_every_parameter_and_a_file_holds_the_model(model, token
         assert torch.equal(again(ids, lengths)[:2, :17], made.eval()(ids, lengths)[:2, :17])
 
 
+@pytest.mark.parametrize("model", MODELS)
+def test_weights_rounded_once_are_those_rounded_each_time(model, monkeypatch):
+    monkeypatch.setattr(tasks, "bf16", lambda device: True)
+    task = tasks.MLM(encoder(model), None).eval()
+    ids, lengths = torch.randint(50, (3, 40)), torch.tensor([40, 17, 33])
+    before = tasks.compute(task, dict(ids=ids, lengths=lengths), task.encoder)
+    tasks.narrow(task)
+    assert torch.equal(before, tasks.compute(task, dict(ids=ids, lengths=lengths), task.encoder))
+    linear = {f"{name}.weight" for name, part in task.named_modules() if isinstance(part, torch.nn.Linear)}
+    assert {name for name, p in task.named_parameters() if p.dtype != torch.float32} == linear - {"dense.weight"}
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("model", ["codessm", "codessm-8k", "codessm-hf"])
 def test_kernels_are_made_once_a_length_of_an_inference(model, device, monkeypatch):
     """And again for the next, whose weights may be others, or each time if they are large; a GPU records with them."""
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no GPU")
-    made, calls = encoder(model).to(device), []
-    task, kernels = tasks.MLM(made, None), codessm.kernels
+    made, calls = encoder(model), []
+    task, kernels = tasks.MLM(made, None).to(device), codessm.kernels
     monkeypatch.setattr(codessm, "kernels", lambda *args: calls.append(args) or kernels(*args))
     batches = [torch.randint(50, (3, L)) for L in (40, 24, 40, 40, 24, 40)]
     for most, times in ((2 ** 20, 2), (2 ** 20, 2), (0, 5 if device == "cuda" else 6)):
