@@ -137,6 +137,42 @@ def test_what_decays(task):
     assert names == layer | {"encoder.embedding.weight", "dense.weight"}
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_step_is_adamw_with_the_clipped_gradient(fused):
+    """By its definition in float64; a gradient that is no number changes nothing, the moments and their count too."""
+    class Given(torch.nn.Module):
+        """Its gradient is `g`."""
+        def __init__(self):
+            super().__init__()
+            self.w = torch.nn.Linear(3, 2)
+
+        def sums(self, g):
+            return torch.stack([(g[:, :3] * self.w.weight).sum() + (g[:, 3] * self.w.bias).sum(), *torch.ones(2)])
+
+    task, rng = Given(), np.random.default_rng(0)
+    optimizer = tasks.adamw(task, 0.1)
+    if not fused:
+        optimizer = torch.optim.AdamW(optimizer.param_groups, fused=False)
+        optimizer.defaults["fused"] = False
+    stepper = tasks.Stepper(task, optimizer)
+
+    def weights():
+        return np.hstack([task.w.weight.detach().numpy(), task.w.bias.detach().numpy()[:, None]]).astype(np.float64)
+
+    w, m, v, t = weights(), 0.0, 0.0, 0
+    for norm in (0.3, 7.0, math.nan, 0.8, 20.0, 0.05):
+        g = rng.standard_normal((2, 4))
+        g *= norm / np.linalg.norm(g)
+        sums = stepper.take([{"g": torch.from_numpy(g).float()}], 1)
+        assert sums.isnan().all() if math.isnan(norm) else sums[0].isfinite()
+        if not math.isnan(norm):
+            t, g = t + 1, g / max(1, norm)
+            m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+            w = w * (1 - 0.1 * np.array([0.01, 0.01, 0.01, 0])) \
+                - 0.1 * (m / (1 - 0.9 ** t)) / (np.sqrt(v / (1 - 0.999 ** t)) + 1e-8)
+        assert np.abs(weights() - w).max() < 2e-6
+
+
 def test_a_tiny_model_overfits_32_samples(tokenizer, corpus):
     """More than 95 % on masks that it has never been trained on, of samples that it has."""
     STEPS = 250
