@@ -1473,7 +1473,7 @@ def evaluate(name, ckpt, data_path, ctx, batch, limit, skip_bad, max_line, code_
         raise click.UsageError("--code-field and --text-field are for mlm")
     started, device, workers = time.monotonic(), choose_device(device), default_workers(workers)
     with data.together():
-        model = load_for(name, ckpt, device)
+        model = tasks.narrow(load_for(name, ckpt, device))
         if predictions is not None and data.rank() == 0:
             data.check_writable(predictions, "--predictions")
             if os.path.exists(predictions):
@@ -1539,7 +1539,7 @@ def predict(files, ckpt, ctx, batch, max_line, device):
     `predictions`, one a token). For a source file a line comes out with its `path`.
     """
     device = choose_device(device)
-    model = load(ckpt, device)
+    model = tasks.narrow(load(ckpt, device))
     if model.name == "mlm":
         raise Problem(f"{ckpt} is a pretrained encoder, which predicts nothing yet: fine-tune it first")
     ctx = bounded(ctx, model.ctx, model.encoder, ckpt)
@@ -1642,6 +1642,8 @@ def bench_one(model: str, form: str, size: str, length: int, batch: int, train: 
     for layer in encoder.layers if form == "plain" else ():
         layer.plain = True
     task = MLM(encoder, None).to(device)
+    if not train:
+        tasks.narrow(task)
     compiled = tasks.compile_parts(task, compiled)
     before = memory_in_use(device)
     ids = torch.randint(vocab, (batch, length), device=device)
@@ -1684,10 +1686,10 @@ def bench_one(model: str, form: str, size: str, length: int, batch: int, train: 
 def bench(lengths, names, train, batch_tokens, attention, convolution, repeats, size, device, compiled, as_json):
     """Measure speed and memory of the models on this machine.
 
-    A batch is full, without padding; kernels are made once a length in inference, as they are in an evaluation, and in
-    each step of training. The memory is what is allocated at most beyond the weights, the share is that of the model's
-    linear projections in the rate of one large matrix product, the first run is the one that compiles, or finds what
-    was compiled before.
+    A batch is full, without padding; in inference kernels are made once a length and weights rounded once, as they are
+    by `evaluate`. The memory is what is allocated at most beyond the weights, the share is that of the model's linear
+    projections in the rate of one large matrix product, the first run is the one that compiles, or finds what was
+    compiled before.
     """
     attend = [name for name in names if MODELS[name].layer is TransformerLayer]
     convolving = [name for name in names if MODELS[name].kernels]
