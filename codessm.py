@@ -1643,7 +1643,7 @@ def bench_one(model: str, form: str, size: str, length: int, batch: int, train: 
         layer.plain = True
     task = MLM(encoder, None).to(device)
     if not train:
-        tasks.narrow(task)
+        tasks.narrow(task).eval()
     compiled = tasks.compile_parts(task, compiled)
     before = memory_in_use(device)
     ids = torch.randint(vocab, (batch, length), device=device)
@@ -1653,7 +1653,6 @@ def bench_one(model: str, form: str, size: str, length: int, batch: int, train: 
         where = torch.randperm(batch * length, device=device)[:count]
         run = partial(stepper.take, [dict(ids=ids, targets=ids.long(), where=where)], count)
     else:
-        task.eval()
         run = partial(tasks.inference(task, encoder), {"ids": ids})
 
     begun = time.monotonic()

@@ -661,7 +661,7 @@ def bf16(device: torch.device) -> bool:
 def narrow(task: nn.Module) -> nn.Module:
     """The task, to be read alone: its encoder's linear maps have the weights that `compute` rounds theirs to.
 
-    It would do so in each batch, which for a single text takes as long as all the rest.
+    It would do so in each batch, which of a single text on a GPU takes a third of the time.
     """
     if bf16(next(task.parameters()).device):
         for module in task.encoder.modules():
@@ -807,12 +807,11 @@ class Stepper:
         parameters = list(self.task.parameters())
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         finite = (norm + total[0]).isfinite()
-        fused = self.optimizer.defaults.get("fused")
-        if fused:  # it reads both where it runs: nothing waits, and no pass over the gradients clips them
+        if self.optimizer.defaults.get("fused"):  # it reads both where it runs: nothing waits, and it does the clipping
             self.optimizer.found_inf, self.optimizer.grad_scale = (~finite).float(), norm.clamp(min=CLIP) / CLIP
-        else:
+            self.optimizer.step()
+        elif finite:
             nn.utils.clip_grads_with_norm_(parameters, CLIP, norm)
-        if fused or finite:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return torch.where(finite, total, math.nan)
