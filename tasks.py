@@ -1174,6 +1174,28 @@ def train(task: nn.Module, batches: Batches, held_out: Batches, output: Output, 
                 save_state()
             raise
 
+    def log() -> None:
+        """Record the steps of a full window, once a batch is there to go on with: a GPU would wait for it meanwhile."""
+        nonlocal skipped, failing, window
+        if not window or step % log_every and step != steps:
+            return
+        sums = torch.stack(window).double().cpu()
+        bad = ~sums[:, 0].isfinite()
+        runs = list(itertools.accumulate(bad.tolist(), lambda run, is_bad: (run + 1) * is_bad, initial=failing))
+        skipped, failing, window = skipped + int(bad.sum()), runs[-1], []
+        loss, correct, count = sums[~bad].sum(0).tolist()
+        output.record(step=step, epoch=round(step / len(batches), 4), lr=learning_rate(step - 1, steps, lr, decay),
+                      tokens=tokens, **(dict(loss=loss / count, accuracy=correct / count) if count else {}),
+                      **(dict(skipped=skipped) if skipped else {}))
+        if bad.any():
+            say(f"up to step {step:,}, {skipped:,} steps were skipped: their loss was no number")
+        if max(runs) >= FAILING:
+            failing = 0  # the same command tries again
+            with together():
+                save_state()
+                raise Problem(f"the loss was no number in {max(runs)} steps in a row, up to step {step:,}: try a lower "
+                              f"--lr. {output.state_path} has the weights from before, and serves as a checkpoint", 1)
+
     saved, saving, started, tokens_before = time.monotonic(), 0.0, time.monotonic(), tokens
     shown = 0.0
     with (closing(batches.stream(step, steps, workers)) as stream, Signals() as signals,
@@ -1181,6 +1203,7 @@ def train(task: nn.Module, batches: Batches, held_out: Batches, output: Output, 
         try:
             while True:
                 if (step % eval_every == 0 or step == steps) and evaluated < step:
+                    log()
                     paused = time.monotonic()
                     with saving_state():
                         metrics, _ = evaluate(task, held_out, split, workers, signals.watch)
@@ -1196,6 +1219,7 @@ def train(task: nn.Module, batches: Batches, held_out: Batches, output: Output, 
                 task.train()
                 with saving_state():
                     batch = next(stream)
+                log()
                 rate = learning_rate(step, steps, lr, decay)
                 for group in optimizer.param_groups:
                     group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], torch.Tensor) else rate
@@ -1213,25 +1237,6 @@ def train(task: nn.Module, batches: Batches, held_out: Batches, output: Output, 
                     loss, correct, count = window[-1][:3].tolist()
                     bar.set_postfix_str(f"loss {loss / max(count, 1):.3f}, accuracy {correct / max(count, 1):.1%}, "
                                         f"{(tokens - tokens_before) / (now - started):,.0f} tokens/s", False)
-                if step % log_every == 0 or step == steps:
-                    sums = torch.stack(window).double().cpu()
-                    bad = ~sums[:, 0].isfinite()
-                    runs = list(itertools.accumulate(bad.tolist(), lambda run, is_bad: (run + 1) * is_bad,
-                                                     initial=failing))
-                    skipped, failing, window = skipped + int(bad.sum()), runs[-1], []
-                    loss, correct, count = sums[~bad].sum(0).tolist()
-                    output.record(step=step, epoch=round(step / len(batches), 4), lr=rate, tokens=tokens,
-                                  **(dict(loss=loss / count, accuracy=correct / count) if count else {}),
-                                  **(dict(skipped=skipped) if skipped else {}))
-                    if bad.any():
-                        say(f"up to step {step:,}, {skipped:,} steps were skipped: their loss was no number")
-                    if max(runs) >= FAILING:
-                        failing = 0  # the same command tries again
-                        with together():
-                            save_state()
-                            raise Problem(f"the loss was no number in {max(runs)} steps in a row, up to step {step:,}: "
-                                          f"try a lower --lr. {output.state_path} has the weights from before, and "
-                                          "serves as a checkpoint", 1)
                 signals.check()
                 # at the end of an epoch too, unless epochs are so short that saving would take a 20th of the time
                 if now - saved > (20 * saving if step % len(batches) == 0 else max(SAVE_SECONDS, 20 * saving)):
