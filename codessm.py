@@ -12,7 +12,7 @@ arXiv 2206.11893), as in CodeSSM (Verma et al. 2025, arXiv 2505.01475). Shapes a
     N  complex modes of an S4D kernel: A, C, and A-bar, C-bar after discretisation with step Delta
     T, E, O, W  the convolution as matrix products: within a chunk, into the state, out of it, across chunks
 
-Complex numbers are kept as pairs of reals throughout.
+Complex numbers are parameters, states and matrices as pairs of reals; only `kernels` reckons with them as such.
 """
 import ctypes
 import gc
@@ -94,29 +94,22 @@ def kernels(A_re: torch.Tensor, A_im: torch.Tensor, C: torch.Tensor, D: torch.Te
             c: int, n: int, dtype: torch.dtype, fft: bool = False, causal: bool = False) -> Kernels:
     """The `Kernels` of all layers for n chunks of c tokens, with a dimension of layers in front; TO and E in `dtype`.
 
-    The parameters are those of `S4D`, stacked to (layers, 2k, ...); `causal`, both directions are. With x + iy =
-    Delta A, l x and l y are formed in float64 and the phase l y is reduced mod 2 pi there: at l = 2,048 a float32 phase
-    is wrong in its second digit.
+    The parameters are those of `S4D`, stacked to (layers, 2k, ...); `causal`, both directions are. The powers A-bar^l
+    are exp(l Delta A) in complex128, rounded once: at l = 2,048 a float32 phase is wrong in its second digit.
     """
-    device, narrow = C.device, C.dtype
+    device, narrow = C.device, C.dtype.to_complex()
     wide = dict(dtype=torch.float64, device="cpu" if device.type == "mps" else device)  # MPS has no float64
-    Delta, A_re, A_im = log_step.to(**wide).exp(), A_re.to(**wide).clamp(max=-1e-4), A_im.to(**wide)
-    C_re, C_im = C.to(**wide).unbind(-1)
-    x, y = Delta * A_re, Delta * A_im
-    # A-bar - 1, without cancellation where Delta A is small
-    minus_re = torch.expm1(x) * torch.cos(y) - 2 * torch.sin(y / 2) ** 2
-    minus_im = torch.exp(x) * torch.sin(y)
-    # B-bar = (A-bar - 1) / A, B being 1
-    norm = A_re ** 2 + A_im ** 2
-    B_re, B_im = (minus_re * A_re + minus_im * A_im) / norm, (minus_im * A_re - minus_re * A_im) / norm
-    C_re, C_im = ((C_re * B_re - C_im * B_im).to(device, narrow)[..., None],
-                  (C_re * B_im + C_im * B_re).to(device, narrow)[..., None])
+    A = torch.complex(A_re.to(**wide).clamp(max=-1e-4), A_im.to(**wide))
+    z = log_step.to(**wide).exp() * A  # Delta A
+    C_bar = (torch.view_as_complex(C.to(**wide)) * (torch.expm1(z) / A)).to(narrow)[..., None]
 
-    def powers(l: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """A-bar^l = exp(l x) (cos l y + i sin l y), (layers, 2k, N, len(l))."""
-        modulus = torch.exp((x[..., None] * l).to(narrow))
-        phase = torch.remainder(y[..., None] * l, 2 * math.pi).to(narrow)
-        return (modulus * torch.cos(phase)).to(device), (modulus * torch.sin(phase)).to(device)
+    def powers(l: torch.Tensor) -> torch.Tensor:
+        """A-bar^l = exp(l z), (layers, 2k, N, len(l))."""
+        return torch.exp(z[..., None] * l).to(narrow)
+
+    def reals(Z: torch.Tensor) -> torch.Tensor:
+        """(..., 2N, l): Re, Im, Re, Im ... of Z (..., N, l)."""
+        return torch.view_as_real(Z).movedim(-1, -2).flatten(-3, -2)
 
     def both(forward: torch.Tensor, mirrored: Callable) -> torch.Tensor:
         """The same for the backward direction, mirrored in time."""
@@ -125,25 +118,25 @@ def kernels(A_re: torch.Tensor, A_im: torch.Tensor, C: torch.Tensor, D: torch.Te
         forward, backward = forward.chunk(2, 1)
         return torch.cat([forward, mirrored(backward)], 1)
 
-    P_re, P_im = powers(torch.arange(c + 1, device=x.device))
-    W_re, W_im = C_re * P_re - C_im * P_im, C_re * P_im + C_im * P_re  # C-bar A-bar^l
-    K = W_re[..., :c].sum(-2)
-    K = torch.cat([K[..., :1] + D, K[..., 1:]], -1)
+    P = powers(torch.arange(c + 1, device=z.device))
+    W = C_bar * P
+    K = W.real[..., :c].sum(-2) + pad(D.to(z.device), (0, c - 1))
     if fft:
-        return Kernels(K=K)
+        return Kernels(K=K.to(device))
     T = both(Toeplitz.apply(K), lambda T: T.flip(-2, -1))
     if n == 1:
-        return Kernels(T.to(dtype))
+        return Kernels(T.to(device, dtype))
     # (2N, c): A-bar^(c - 1 - j)
-    E = both(torch.stack([P_re, P_im], -2)[..., :c].flatten(-3, -2).flip(-1), lambda E: E.flip(-1)).to(dtype)
+    E = both(reals(P[..., :c]).flip(-1), lambda E: E.flip(-1))
     # (c, 2N): Re(C-bar A-bar^(i + 1) H) = O [Re H, Im H]
-    O = both(torch.stack([W_re, -W_im], -2)[..., 1:].flatten(-3, -2).mT, lambda O: O.flip(-2))
-    A = torch.stack([P_re[..., c], P_im[..., c]], -1)
+    O = both(reals(W[..., 1:].conj_physical()).mT, lambda O: O.flip(-2))
     with torch.no_grad():
-        w_re, w_im = (Toeplitz.apply(a) for a in powers(c * torch.arange(min(n, GROUP) + 1, device=x.device)))
+        across = Toeplitz.apply(powers(c * torch.arange(min(n, GROUP) + 1, device=z.device)))
+        re, im = across.real, across.imag
         # complex numbers as real blocks: [[Re, -Im], [Im, Re]]
-        W = torch.stack([torch.stack([w_re, -w_im], -2), torch.stack([w_im, w_re], -2)], -4).flatten(1, 2)
-    return Kernels(torch.cat([T, O], -1).to(dtype), E, A, W)
+        blocks = torch.stack([torch.stack([re, -im], -2), torch.stack([im, re], -2)], -4).flatten(1, 2)
+    return Kernels(torch.cat([T, O], -1).to(device, dtype), E.to(device, dtype),
+                   torch.view_as_real(P[..., c]).to(device), blocks.to(device))
 
 
 class Toeplitz(torch.autograd.Function):
