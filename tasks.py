@@ -35,7 +35,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.rendezvous import rendezvous
-from torch.nn.functional import cross_entropy, gelu, linear, normalize
+from torch.nn.functional import cross_entropy, gelu, linear, normalize, pad
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as checkpointed
 
@@ -107,8 +107,12 @@ class MLM(nn.Module):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Vocabulary logits (..., vocab) of hidden states (..., d), in their dtype."""
-        hidden = self.norm(gelu(self.dense(hidden)))
-        return linear(hidden, self.encoder.embedding.weight, self.bias)
+        hidden, weight, bias = self.norm(gelu(self.dense(hidden))), self.encoder.embedding.weight, self.bias
+        if torch.is_autocast_enabled(hidden.device.type):
+            # rows of bfloat16 that are no multiple of 16 bytes keep a GPU off its fast products
+            room = -len(bias) % 8
+            weight, bias = pad(weight, (0, 0, 0, room)), pad(bias, (0, room))
+        return linear(hidden, weight, bias)[..., :len(self.bias)]
 
     def sums_at(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """`sums` of hidden states (M, d) and their targets (M,)."""

@@ -91,6 +91,23 @@ def test_loss_equals_its_definition_and_logits_are_made_where_masked_only(task, 
     assert abs(metrics["perplexity"] / math.exp(expected / count) - 1) < 1e-4
 
 
+@pytest.mark.parametrize("vocab", [301, 304])
+def test_logits_of_any_vocabulary_equal_the_product_in_bfloat16(tokenizer, vocab):
+    """Also of one that autocast has to pad: logits and all gradients are those of the rounded tensors in float64."""
+    task = MLM(Encoder(vocab, d=64, layers=1), tokenizer)
+    task.bias = torch.nn.Parameter(torch.randn(vocab))
+    hidden, weights = torch.randn(40, 64), torch.randn(40, vocab).bfloat16().double()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = task.logits(hidden)
+        x = task.norm(torch.nn.functional.gelu(task.dense(hidden))).detach().bfloat16().double()
+    (logits.double() * weights).sum().backward()
+    W, b = task.encoder.embedding.weight, task.bias
+    expected = x @ W.detach().bfloat16().double().T + b.detach().bfloat16().double()
+    assert logits.shape == (40, vocab) and logits.dtype == torch.bfloat16
+    for ours, theirs in ((logits, expected), (W.grad, weights.T @ x), (b.grad, weights.sum(0))):
+        assert (ours - theirs).norm() < 5e-3 * theirs.norm()
+
+
 def test_of_a_compiled_task_the_chosen_tokens_have_a_fixed_number(task, tokenizer, corpus):
     """Compiled, batches of one shape have tensors of one shape, and the same losses as before."""
     batches = [one_batch(corpus, tokenizer, epoch=epoch) for epoch in range(5)]
