@@ -108,9 +108,9 @@ class MLM(nn.Module):
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Vocabulary logits (..., vocab) of hidden states (..., d), in their dtype."""
         hidden, weight, bias = self.norm(gelu(self.dense(hidden))), self.encoder.embedding.weight, self.bias
-        if torch.is_autocast_enabled(hidden.device.type):
+        room = -len(bias) % 8
+        if room and torch.is_autocast_enabled(hidden.device.type):
             # rows of bfloat16 that are no multiple of 16 bytes keep a GPU off its fast products
-            room = -len(bias) % 8
             weight, bias = pad(weight, (0, 0, 0, room)), pad(bias, (0, room))
         return linear(hidden, weight, bias)[..., :len(self.bias)]
 
