@@ -3,34 +3,28 @@
     codessm pretrain corpus.jsonl --ctx 256 -o model.pt
     python codessm.py pretrain corpus.jsonl
 
-The encoder is BiGS (Wang et al. 2023, arXiv 2212.10544) over S4D kernels (Gu et al. 2022,
-arXiv 2206.11893), as in CodeSSM (Verma et al. 2025, arXiv 2505.01475). Shapes and symbols:
+The encoder is BiGS (Wang et al. 2023, arXiv 2212.10544) over S4D kernels (Gu et al. 2022, arXiv 2206.11893), as in
+CodeSSM (Verma et al. 2025, arXiv 2505.01475). Shapes and symbols:
 
     B  batch      L  length in tokens      d  model width
-    c  length of a chunk                   n  chunks a sequence, n c >= L
-    k  S4D kernels a direction             m  chunks whose states are one product, at most `GROUP`
+    c  tokens a chunk                      n  chunks a sequence, n c >= L
+    k  S4D kernels a direction             m  chunks whose states are one product
     N  complex modes of an S4D kernel: A, C, and A-bar, C-bar after discretisation with step Delta
-    T, E, O, W  the convolution as matrix products: within a chunk, into the state, out of it, across chunks
+    T, E, O, P  the convolution as matrix products: within a chunk, into the state, out of it, across chunks
 
-Complex numbers are parameters, states and matrices as pairs of reals; only `kernels` reckons with them as such.
+Complex numbers are parameters, states and matrices as pairs of reals; only the making of kernels reckons with them.
 """
-import ctypes
-import gc
 import importlib.util
 import itertools
 import json
 import math
 import os
-import re
-import resource
 import signal
 import sys
 import time
 import zlib
-from contextlib import closing
-from functools import partial
 from pathlib import Path
-from typing import Callable, Iterable, NamedTuple
+from typing import Callable, NamedTuple
 
 # flat modules can be shadowed by files of the same name in the user's folder
 for name in ("data", "tasks"):
@@ -43,100 +37,116 @@ for name in ("data", "tasks"):
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import click
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import pad
 
 import data
 import tasks
-from data import Problem, Tokenizer, say
-from tasks import MLM, save  # noqa: F401  save is the other half of load
+from data import Problem, info
+from tasks import Objective, Settings, save  # noqa: F401  save is the other half of load
 
 __version__ = "0.1.0"
 
 SIZES = {"base": dict(d=1024, layers=12), "small": dict(d=512, layers=6), "tiny": dict(d=128, layers=4)}
-HELD_OUT = 1024  # records that an evaluation during pretraining reads at most
 
+
+# ---- S4D kernel and convolution ---------------------------------------------------------------------
 
 class S4D(nn.Module):
-    """The parameters of a diagonal state-space kernel, one for all channels (Gu et al. 2022, section 3).
+    """A diagonal state-space kernel (Gu et al. 2022, section 3), or k of them.
 
-        A-bar = exp(Delta A)     C-bar = C (A-bar - 1) / A     K[l] = Re sum_n C-bar_n A-bar_n^l
-        y = K * u + D u
+        A-bar = exp(Delta A)     C-bar = C (A-bar - 1) / A     K[l] = Re sum_n C-bar_n A-bar_n^l     y = K * u + D u
 
-    Of several `kernels`, each for as many channels as the others, every parameter has a dimension of them in front.
+    With k > 1 kernels every parameter gains a leading dimension k; each kernel serves d / k channels.
     """
 
-    def __init__(self, N: int = 64, kernels: int = 1):
+    def __init__(self, N: int = 64, k: int = 1):
         super().__init__()
-        k = (kernels,) if kernels > 1 else ()
-        self.A_re = nn.Parameter(torch.full((*k, N), -0.5))
-        self.A_im = nn.Parameter((math.pi * torch.arange(N)).expand(*k, N).clone())
-        self.C = nn.Parameter(torch.randn(*k, N, 2) * math.sqrt(0.5))
-        self.D = nn.Parameter(torch.randn(*k, 1))
-        self.log_step = nn.Parameter(torch.empty(*k, 1).uniform_(math.log(0.01), math.log(1.0)))
+        lead = (k,) if k > 1 else ()
+        self.A_re = nn.Parameter(torch.full((*lead, N), -0.5))
+        self.A_im = nn.Parameter((math.pi * torch.arange(N)).expand(*lead, N).clone())
+        self.C = nn.Parameter(torch.randn(*lead, N, 2) * math.sqrt(0.5))
+        self.D = nn.Parameter(torch.randn(*lead, 1))
+        self.log_step = nn.Parameter(torch.empty(*lead, 1).uniform_(math.log(0.01), math.log(1.0)))
+
+    @staticmethod
+    def stack(ssms: list["S4D"]) -> "S4D":
+        """The kernels of the S4D of several layers, two a layer, as one with leading dimensions (layers, 2k)."""
+        stacked = S4D.__new__(S4D)
+        nn.Module.__init__(stacked)  # no parameters of its own: nothing is drawn at random
+        for name, _ in ssms[0].named_parameters():
+            parameters = torch.stack([getattr(ssm, name) for ssm in ssms])
+            shape = parameters.shape[-2:] if name == "C" else parameters.shape[-1:]
+            setattr(stacked, name, parameters.reshape(len(ssms) // 2, -1, *shape))
+        return stacked
+
+    def discretise(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """z = Delta A, complex128, and C-bar, complex64, both (..., N); on the CPU for MPS, which has no float64."""
+        wide = dict(dtype=torch.float64, device="cpu" if self.C.device.type == "mps" else self.C.device)
+        A = torch.complex(self.A_re.to(**wide).clamp(max=-1e-4), self.A_im.to(**wide))
+        z = self.log_step.to(**wide).exp() * A
+        return z, (torch.view_as_complex(self.C.to(**wide)) * (torch.expm1(z) / A)).to(self.C.dtype.to_complex())
+
+    def powers(self, lags: torch.Tensor) -> torch.Tensor:
+        """A-bar^l = exp(l z), complex64 (..., N, len(lags)).
+
+        They are made in complex128 and rounded once: at l = 2,048 a float32 phase is wrong in its second digit.
+        """
+        z, C_bar = self.discretise()
+        return torch.exp(z[..., None] * lags.to(z.device)).to(C_bar.dtype)
+
+    def kernel(self, L: int) -> torch.Tensor:
+        """K, float32 (..., L), without D."""
+        return (self.discretise()[1][..., None] * self.powers(torch.arange(L))).real.sum(-2)
 
 
 class Kernels(NamedTuple):
-    """A layer's convolutions as matrices, k of each direction: those of the forward one first, which are causal.
+    """A layer's convolutions as matrices, k of each direction: those of the forward one first.
 
-    Where a sequence is a single chunk there is only T, without O; where it is convolved by FFT there is only K.
+    Where a sequence is a single chunk there is only T, without O.
     """
-    TO: torch.Tensor | None = None  # (2k, c, c + 2N): T within a chunk, O out of the state, modes as Re, Im, Re, Im ...
+    TO: torch.Tensor  # (2k, c, c + 2N): T within a chunk, O out of the state, modes as Re, Im, Re, Im ...
     E: torch.Tensor | None = None  # (2k, 2N, c): into the state
     A: torch.Tensor | None = None  # (2k, N, 2), float32: A-bar^c, across one chunk
-    W: torch.Tensor | None = None  # (2k N, 2, m + 1, 2, m + 1), float32: across m chunks; without gradients, A has them
-    K: torch.Tensor | None = None  # (2k, L): the kernels, D included
+    P: torch.Tensor | None = None  # (2k N, 2, m + 1, 2, m + 1), float32: across m chunks; A has its gradients
 
 
-def kernels(A_re: torch.Tensor, A_im: torch.Tensor, C: torch.Tensor, D: torch.Tensor, log_step: torch.Tensor,
-            c: int, n: int, dtype: torch.dtype, fft: bool = False, causal: bool = False) -> Kernels:
-    """The `Kernels` of all layers for n chunks of c tokens, with a dimension of layers in front; TO and E in `dtype`.
+def make_kernels(ssms: list[S4D], c: int, n: int, m: int, dtype: torch.dtype, causal: bool = False) -> list[Kernels]:
+    """The `Kernels` of each pair of S4D, forward and backward, for n chunks of c tokens, of which m are one product.
 
-    The parameters are those of `S4D`, stacked to (layers, 2k, ...); `causal`, both directions are. The powers A-bar^l
-    are exp(l Delta A) in complex128, rounded once: at l = 2,048 a float32 phase is wrong in its second digit.
+        T[i, j] = K[i - j] (i >= j), D on the diagonal     E[:, j] = A-bar^(c - 1 - j)
+        O[i] H = Re(C-bar A-bar^(i + 1) H)                 P[i, j] = A-bar^(c (i - j)) (i >= j)
+
+    T, E and O of the backward direction are mirrored in time, unless `causal`.
     """
-    device, narrow = C.device, C.dtype.to_complex()
-    wide = dict(dtype=torch.float64, device="cpu" if device.type == "mps" else device)  # MPS has no float64
-    A = torch.complex(A_re.to(**wide).clamp(max=-1e-4), A_im.to(**wide))
-    z = log_step.to(**wide).exp() * A  # Delta A
-    C_bar = (torch.view_as_complex(C.to(**wide)) * (torch.expm1(z) / A)).to(narrow)[..., None]
+    ssm, device = S4D.stack(ssms), ssms[0].C.device
 
-    def powers(l: torch.Tensor) -> torch.Tensor:
-        """A-bar^l = exp(l z), (layers, 2k, N, len(l))."""
-        return torch.exp(z[..., None] * l).to(narrow)
+    def both(forward: torch.Tensor, *dims: int) -> torch.Tensor:
+        """The same, (layers, 2k, ...), for the backward half flipped along `dims`."""
+        if causal:
+            return forward
+        forward, backward = forward.chunk(2, 1)
+        return torch.cat([forward, backward.flip(dims)], 1)
 
     def reals(Z: torch.Tensor) -> torch.Tensor:
         """(..., 2N, l): Re, Im, Re, Im ... of Z (..., N, l)."""
         return torch.view_as_real(Z).movedim(-1, -2).flatten(-3, -2)
 
-    def both(forward: torch.Tensor, mirrored: Callable) -> torch.Tensor:
-        """The same for the backward direction, mirrored in time."""
-        if causal:
-            return forward
-        forward, backward = forward.chunk(2, 1)
-        return torch.cat([forward, mirrored(backward)], 1)
-
-    P = powers(torch.arange(c + 1, device=z.device))
-    W = C_bar * P
-    K = W.real[..., :c].sum(-2) + pad(D.to(z.device), (0, c - 1))
-    if fft:
-        return Kernels(K=K.to(device))
-    T = both(Toeplitz.apply(K), lambda T: T.flip(-2, -1))
+    K = ssm.kernel(c)
+    T = both(Toeplitz.apply(K + pad(ssm.D.to(K.device), (0, c - 1))), -2, -1)
     if n == 1:
-        return Kernels(T.to(device, dtype))
-    # (2N, c): A-bar^(c - 1 - j)
-    E = both(reals(P[..., :c]).flip(-1), lambda E: E.flip(-1))
-    # (c, 2N): Re(C-bar A-bar^(i + 1) H) = O [Re H, Im H]
-    O = both(reals(W[..., 1:].conj_physical()).mT, lambda O: O.flip(-2))
+        return [Kernels(T) for T in T.to(device, dtype)]
+    powers = ssm.powers(torch.arange(c + 1))
+    E = both(reals(powers[..., :c]).flip(-1), -1)
+    O = both(reals((ssm.discretise()[1][..., None] * powers[..., 1:]).conj_physical()).mT, -2)
     with torch.no_grad():
-        across = Toeplitz.apply(powers(c * torch.arange(min(n, GROUP) + 1, device=z.device)))
-        re, im = across.real, across.imag
+        P = Toeplitz.apply(ssm.powers(c * torch.arange(min(n, m) + 1)))
         # complex numbers as real blocks: [[Re, -Im], [Im, Re]]
-        blocks = torch.stack([torch.stack([re, -im], -2), torch.stack([im, re], -2)], -4).flatten(1, 2)
-    return Kernels(torch.cat([T, O], -1).to(device, dtype), E.to(device, dtype),
-                   torch.view_as_real(P[..., c]).to(device), blocks.to(device))
+        P = torch.stack([torch.stack([P.real, -P.imag], -2), torch.stack([P.imag, P.real], -2)], -4).flatten(1, 2)
+    matrices = (torch.cat([T, O], -1).to(device, dtype), E.to(device, dtype),
+                torch.view_as_real(powers[..., c]).to(device), P.to(device))
+    return [Kernels(*layer) for layer in zip(*matrices)]
 
 
 class Toeplitz(torch.autograd.Function):
@@ -158,35 +168,23 @@ class Toeplitz(torch.autograd.Function):
         return rows.as_strided(grad.shape, (*rows.stride()[:-2], 2 * c + 1, 1), 1).sum(-2).flip(-1)
 
 
-def convolve(u: torch.Tensor, kernels: Kernels, causal: bool = False) -> torch.Tensor:
-    """y = K * u + D u, forwards for u[:k] and backwards (unless `causal`) for u[k:]; both (2k, c, n, B, d / k).
-
-    In chunks by `Convolution`; by FFT, which takes the sequence as one chunk, the product with the spectrum of K.
-    """
-    if kernels.K is None:
-        return Convolution.apply(u, kernels.TO, kernels.E, kernels.A, kernels.W, causal)
-    c = u.shape[1]
-    forward, backward = torch.fft.rfft(kernels.K, n=2 * c).chunk(2)
-    spectrum = torch.cat([forward, backward if causal else backward.conj()])[:, None, None, None]
-    y = torch.fft.rfft(u.to(kernels.K.dtype).movedim(1, -1), n=2 * c) * spectrum
-    return torch.fft.irfft(y, n=2 * c)[..., :c].movedim(-1, 1).to(u.dtype)
-
-
 class Convolution(torch.autograd.Function):
-    """y of u, both (2k, c, n, B, d / k): T u where there is one chunk, or through the states H before each chunk:
+    """y = K * u + D u, both (2k, c, n, B, d / k), forwards for u[:k] and backwards (unless `causal`) for u[k:].
+
+    Of one chunk y = T u; of several it goes through the states H before each chunk:
 
         S = E u     H_(j + 1) = A-bar^c H_j + S_j  (`carry`)     y = [T O] [u, H]
 
-    Its gradients are found by the same products, and the states' by the recurrence run the other way:
+    The gradients are the same products, and those of the states the recurrence run the other way:
 
         [T^T dy, dH] = [T O]^T dy     dS_j = conj(A-bar^c) dS_(j + 1) + dH_(j + 1)     du = T^T dy + E^T dS
 
-    That of A-bar^c is sum_j dS_j conj(H_j), and its powers W need none. They cannot be differentiated again.
+    That of A-bar^c is sum_j dS_j conj(H_j), and P needs none. They cannot be differentiated again.
     """
 
     @staticmethod
     def forward(ctx, u: torch.Tensor, TO: torch.Tensor, E: torch.Tensor | None, A: torch.Tensor | None,
-                W: torch.Tensor | None, causal: bool) -> torch.Tensor:
+                P: torch.Tensor | None, causal: bool) -> torch.Tensor:
         shape, (c, n) = u.shape, u.shape[1:3]
         u = u.reshape(*u.shape[:2], -1)
         if E is not None:
@@ -195,63 +193,52 @@ class Convolution(torch.autograd.Function):
             uH.as_strided(u.shape, uH.stride()).copy_(u)
             S = torch.bmm(E, uH[:, :c])
             H = uH.as_strided(S.shape, uH.stride(), c * S.shape[-1])
-            H.copy_(carry(S.view(len(W), 2, n, -1), W, (False, not causal)).view(S.shape))
+            H.copy_(carry(S, P, n, (False, not causal)))
             u = uH
-        ctx.save_for_backward(u, TO, E, W)
+        ctx.save_for_backward(u, TO, E, P)
         ctx.causal = causal
         return torch.bmm(TO, u).view(shape)
 
     @staticmethod
     def backward(ctx, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        u, TO, E, W = ctx.saved_tensors
+        u, TO, E, P = ctx.saved_tensors
         shape, (c, n) = dy.shape, dy.shape[1:3]
         dy = dy.reshape(*dy.shape[:2], -1)
-        du, dTO = torch.bmm(TO.mT, dy), outer(dy, u)
+        du, dTO = torch.bmm(TO.mT, dy), torch.bmm(dy, u.mT)
         if E is None:
             return du.view(shape), dTO, None, None, None, None
-        # (the blocks of W transposed are those of the conjugate)
-        dS = carry(du[:, c:].reshape(len(W), 2, n, -1), W.transpose(1, 3), (True, ctx.causal))
-        dS = dS.view(*E.shape[:2], -1)
-        (S_re, S_im), (H_re, H_im) = (states.unflatten(1, (-1, 2)).to(W.dtype).unbind(2) for states in (dS, u[:, c:]))
+        # (the blocks of P transposed are those of the conjugate)
+        dS = carry(du[:, c:], P.transpose(1, 3), n, (True, ctx.causal))
+        wide = torch.promote_types(u.dtype, torch.float32)
+        (S_re, S_im), (H_re, H_im) = (states.unflatten(1, (-1, 2)).to(wide).unbind(2) for states in (dS, u[:, c:]))
         dA = torch.stack([(S_re * H_re + S_im * H_im).sum(-1), (S_im * H_re - S_re * H_im).sum(-1)], -1)
-        return (du[:, :c] + torch.bmm(E.mT, dS)).view(shape), dTO, outer(dS, u[:, :c]), dA, None, None
+        return ((du[:, :c] + torch.bmm(E.mT, dS)).view(shape), dTO, torch.bmm(dS, u[:, :c].mT), dA, None, None)
 
 
-def outer(dy: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-    """dy u^T (2k, r, q) of dy (2k, r, l) and u (2k, q, l), in their dtype; l is by far the largest.
-
-    It is a sum over eight parts of l: one product of so few rows and columns would not fill a GPU.
-    """
-    parts = math.gcd(8, u.shape[-1])
-    sides = ([side.unflatten(-1, (parts, -1)).transpose(0, 1) for side in pair] for pair in zip(dy, u))
-    return torch.stack([torch.bmm(dy, u.mT).sum(0) for dy, u in sides])
-
-
-def carry(S: torch.Tensor, W: torch.Tensor, backwards: tuple[bool, bool]) -> torch.Tensor:
-    """The states before each chunk from each chunk's own contributions S, both (2k N, 2, n, ...), in S's dtype.
+def carry(S: torch.Tensor, P: torch.Tensor, n: int, backwards: tuple[bool, bool]) -> torch.Tensor:
+    """The states before each of n chunks from each chunk's own contributions S, both (2k, 2N, n q), in S's dtype.
 
     H_i = sum_(j < i) A-bar^(c (i - 1 - j)) S_j, or (j > i) of j - 1 - i in the halves of the kernels that run
     `backwards`. Up to m chunks are one product, in which each power of A-bar^c is rounded once and nothing adds up from
-    chunk to chunk. More chunks go m at a time, in float32, with the state before them: the cost is linear in n.
+    chunk to chunk; more go m at a time, with the state before them in float32. The cost is linear in n.
     """
-    n, m, dtype, states = S.shape[2], W.shape[-1] - 1, S.dtype, []
+    def product(block: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        block = block.flip(2, 4) if back else block
+        return torch.bmm(block.flatten(3).flatten(1, 2), rows.flatten(1, 2)).unflatten(1, (2, -1))
 
-    def in_time(M: torch.Tensor, *dims: int) -> torch.Tensor:
-        return torch.cat([half.flip(dims) if back else half for half, back in zip(M.chunk(2), backwards)])
-
+    halves = []
     with torch.autocast(S.device.type, enabled=False):
-        if n <= m:
-            W = in_time(W[:, :, :n, :, 1:n + 1], 2, 4).flatten(3).flatten(1, 2)
-            return torch.bmm(W.to(dtype), S.flatten(1, 2)).view(S.shape)
-        H = torch.zeros_like(S[:, :, :1], dtype=W.dtype)
-        for S in in_time(S.to(W.dtype), 2).split(m, 2):
-            S = torch.cat([H, S], 2)
-            rows = S.shape[2]
-            A = W[:, :, :rows, :, :rows].flatten(3).flatten(1, 2)
-            H = torch.bmm(A, S.flatten(1, 2)).unflatten(1, (2, rows))
-            states.append(H[:, :, :-1])
-            H = H[:, :, -1:]
-        return in_time(torch.cat(states, 2).to(dtype), 2)
+        for half, powers, back in zip(S.reshape(len(P), 2, n, -1).chunk(2), P.chunk(2), backwards):
+            groups, H, states = half.split(P.shape[-1] - 1, 2), None, []
+            for number, rows in enumerate(groups[::-1] if back else groups, 1):
+                r = rows.shape[2]
+                block = powers[..., (H is None):r + 1]
+                rows = rows if H is None else torch.cat([rows, H] if back else [H, rows], 2)
+                states.append(product(block[:, :, :r].to(S.dtype), rows.to(S.dtype)))
+                if number < len(groups):
+                    H = product(block[:, :, r:r + 1], rows.to(P.dtype))
+            halves.append(states[0] if len(states) == 1 else torch.cat(states[::-1] if back else states, 2))
+    return torch.cat(halves).view(S.shape)
 
 
 def gelu(x: torch.Tensor) -> torch.Tensor:
@@ -291,7 +278,9 @@ def sigmoid(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return t, torch.rsqrt(1 + e).square()  # on a GPU one instruction, a quotient takes several
 
 
-class Layer(nn.Module):
+# ---- BiGS layer and variants ------------------------------------------------------------------------
+
+class BiGSLayer(nn.Module):
     """One BiGS layer (Wang et al. 2023, section 3.2).
 
         X  = LayerNorm(Xi)
@@ -303,21 +292,21 @@ class Layer(nn.Module):
     No flip is carried out: a linear map commutes with it, so the backward path is the same map followed
     by an anti-causal SSM. The variants of the papers:
 
-        kernels   so many S4D kernels a direction, each for d / kernels neighbouring channels
+        k         so many S4D kernels a direction, each for d / k neighbouring channels
         causal    both SSMs run forwards
         fourier   `fourier` in place of the SSMs
         local     beside each SSM a convolution of so many tokens, added to it; 0 at the start
         dropout   the share that is dropped of U1 * U2 and of U * V
     """
 
-    def __init__(self, d: int, N: int = 64, kernels: int = 1, causal: bool = False, fourier: bool = False,
+    def __init__(self, d: int, N: int = 64, k: int = 1, causal: bool = False, fourier: bool = False,
                  local: int = 0, dropout: float = 0):
         super().__init__()
-        self.kernels, self.causal, self.fourier = kernels, causal, fourier
+        self.k, self.causal, self.fourier = k, causal, fourier
         self.norm = nn.LayerNorm(d, eps=1e-12)
         self.v, self.fb = nn.Linear(d, 3 * d), nn.Linear(d, 2 * d)  # Wf and Wb in one product
         if not fourier:
-            self.forward_ssm, self.backward_ssm = S4D(N, kernels), S4D(N, kernels)
+            self.forward_ssm, self.backward_ssm = S4D(N, k), S4D(N, k)
         self.local = nn.ModuleList(ShortConvolution(d, local) for _ in range(2)) if local else None
         for convolution in self.local or ():
             nn.init.zeros_(convolution.weight)
@@ -326,7 +315,7 @@ class Layer(nn.Module):
         self.o = nn.Linear(3 * d, d)
         self.drop = nn.Dropout(dropout) if dropout else nn.Identity()
 
-    def forward(self, X: torch.Tensor, R: torch.Tensor, kernels: Kernels,
+    def forward(self, X: torch.Tensor, R: torch.Tensor, kernels: Kernels | None,
                 mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Xi = X + R and Xo - Xi, all (c, n, B, d), floating; `mask` (c, n, B, 1), bool, is False at padding.
 
@@ -340,8 +329,8 @@ class Layer(nn.Module):
         FB = gelu(self.fb(x))
         if mask is not None:
             FB = FB * mask.reshape(-1, 1)
-        u = FB.view(c, n, B, 2 * self.kernels, -1).permute(3, 0, 1, 2, 4)
-        y = fourier(u) if self.fourier else convolve(u, kernels, self.causal)
+        u = FB.view(c, n, B, 2 * self.k, -1).permute(3, 0, 1, 2, 4)
+        y = fourier(u) if self.fourier else Convolution.apply(u, *kernels, self.causal)
         y = y.unflatten(0, (2, -1)).movedim(1, -2).reshape(2, -1, d)
         if self.local is not None:
             forward, backward = FB.view(c, n, B, 2 * d).permute(2, 1, 0, 3).flatten(1, 2).chunk(2, -1)
@@ -350,27 +339,6 @@ class Layer(nn.Module):
         W, b = (torch.stack([getattr(u, name) for u in (self.u1, self.u2)]) for name in ("weight", "bias"))
         U = self.u(self.drop(Gate.apply(y, W.to(y.dtype), b)))
         return X, self.o(self.drop(gelu(U) * gelu(self.v(x)))).view(X.shape)
-
-    @staticmethod
-    def given(encoder: nn.Module, X: torch.Tensor) -> list[Kernels]:
-        """The `Kernels` of each layer of an encoder for X (c, n, B, d), made for all layers at once, or `kept`."""
-        (c, n), layers, kept = X.shape[:2], encoder.layers, encoder.kept
-        if layers[0].fourier:
-            return [Kernels()] * len(layers)
-        if kept and (c, n) in kept:
-            return kept[c, n]
-        ssms = [ssm for layer in layers for ssm in (layer.forward_ssm, layer.backward_ssm)]
-        several = layers[0].kernels > 1  # (then each parameter has a dimension of them, which joins that of directions)
-        stacked = (torch.stack([getattr(ssm, name) for ssm in ssms]).unflatten(0, (-1, 2)).flatten(1, 1 + several)
-                   for name in ("A_re", "A_im", "C", "D", "log_step"))
-        matrices = kernels(*stacked, c, n, compute_dtype(X), encoder.fft, layers[0].causal)
-        made = [Kernels(*given) for given in
-                zip(*(itertools.repeat(None) if M is None else M.unbind() for M in matrices))]
-        if kept is not None:
-            held = sum(M.nbytes for each in (made, *kept.values()) for given in each for M in given if M is not None)
-            if held <= MOST_KEPT:
-                kept[c, n] = made
-        return made
 
 
 class Gate(torch.autograd.Function):
@@ -388,6 +356,11 @@ class Gate(torch.autograd.Function):
         dU = (grad * (U + b[:, None])).flip(0)  # (a flip of U alone the compiled forward would make, and keep)
         db, dU = dU.sum(1), dU.to(y.dtype)
         return torch.bmm(dU, W), torch.bmm(dU.mT, y), db
+
+
+def in_chunks(X: torch.Tensor, chunks: tuple[int, int]) -> torch.Tensor:
+    """(c, n, B, d) of X (B, L, d), filled up with zeros where L < n c, chunks being (n, c)."""
+    return pad(X, (0, 0, 0, math.prod(chunks) - X.shape[1])).unflatten(1, chunks).permute(2, 1, 0, 3).contiguous()
 
 
 def fourier(u: torch.Tensor) -> torch.Tensor:
@@ -417,6 +390,8 @@ class ShortConvolution(nn.Module):
         w = self.weight if backward else self.weight.flip(0)
         return (self.bias + sum(w[j] * u[:, j:j + L] for j in range(width))).to(u.dtype)
 
+
+# ---- compared models --------------------------------------------------------------------------------
 
 class TransformerLayer(nn.Module):
     """A layer of BERT (Devlin et al. 2019; post-norm, as in Vaswani et al. 2017), with heads of 64.
@@ -449,8 +424,8 @@ class TransformerLayer(nn.Module):
         return self.norm2(X + self.down(gelu(self.up(X))))
 
     @staticmethod
-    def given(encoder: nn.Module, X: torch.Tensor) -> list[torch.Tensor | None]:
-        """The rotation, the same for each layer."""
+    def inputs(encoder: nn.Module, X: torch.Tensor) -> list[torch.Tensor | None]:
+        """What each layer gets beside X: the rotation."""
         return [rotation(X) if encoder.layers[0].rotary else None] * len(encoder.layers)
 
 
@@ -462,8 +437,10 @@ def heads(qkv: torch.Tensor, rotation: torch.Tensor | None) -> tuple[torch.Tenso
 
 def rotation(X: torch.Tensor) -> torch.Tensor:
     """(2, L, 32): cosines and sines of the angles i 10000^(-e / 32) of the pairs (x_e, x_(e + 32)) at position i."""
-    angle = torch.arange(X.shape[1], device=X.device)[:, None] * 10_000 ** (-torch.arange(32, device=X.device) / 32)
-    return torch.stack([angle.cos(), angle.sin()])
+    wide = dict(dtype=torch.float64, device="cpu" if X.device.type == "mps" else X.device)
+    # a float32 angle errs by 1e-3 at position 32,768
+    angle = torch.arange(X.shape[1], **wide)[:, None] * 10_000 ** (-torch.arange(32, **wide) / 32)
+    return torch.stack([angle.cos(), angle.sin()]).to(X.device, X.dtype)
 
 
 def rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
@@ -510,16 +487,16 @@ class ZambaLayer(nn.Module):
         return nn.ModuleList(SharedBlock(d) for _ in range(2 if len(layers) >= 12 else 1))
 
     @staticmethod
-    def given(encoder: nn.Module, X: torch.Tensor) -> list[tuple | None]:
-        """For a layer that calls a shared block the embedding, the rotation and that block."""
+    def inputs(encoder: nn.Module, X: torch.Tensor) -> list[tuple | None]:
+        """What each layer gets beside X: one that calls a shared block the embedding, the rotation and that block."""
         angles, blocks = rotation(X), itertools.cycle(encoder.shared)
         return [None if layer.adapter is None else (X, angles, next(blocks)) for layer in encoder.layers]
 
-    def forward(self, X: torch.Tensor, given: tuple | None, _mask: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, X: torch.Tensor, call: tuple | None, _mask: torch.Tensor | None = None) -> torch.Tensor:
         """Xo (B, L, d) of Xi (B, L, d), floating."""
         x = X
-        if given is not None:
-            embedding, rotation, block = given
+        if call is not None:
+            embedding, rotation, block = call
             x = X + self.linear(block(X, embedding, rotation, self.adapter))
         z, u, dt = self.into(self.norm(x)).split(self.widths, -1)
         x, B, C = nn.functional.silu(self.convolution(u)).split(self.state, -1)
@@ -598,57 +575,36 @@ def states(S: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
     return torch.cat(found, 1)
 
 
+# ---- the encoder ------------------------------------------------------------------------------------
+
 class Model(NamedTuple):
     """A model that `--model` names."""
     layer: type
-    kernels: int = 0  # S4D kernels a direction, unless others are asked for; 0, it has none
+    k: int = 0  # S4D kernels a direction, unless others are asked for; 0, it has none
     options: dict = {}  # of the layer
     positions: bool = False  # learned, absolute
     more: int = 0  # layers than the size has
 
 
 MODELS = {
-    "codessm": Model(Layer, 1),
-    "codessm-pos": Model(Layer, 1, positions=True),
-    "codessm-do": Model(Layer, 1, dict(dropout=0.1)),
-    "codessm-uni": Model(Layer, 1, dict(causal=True)),
-    "codef": Model(Layer, 0, dict(fourier=True)),
-    "codessm-8k": Model(Layer, 8),
-    "codessm-hf": Model(Layer, 1, dict(local=3)),
+    "codessm": Model(BiGSLayer, 1),
+    "codessm-pos": Model(BiGSLayer, 1, positions=True),
+    "codessm-do": Model(BiGSLayer, 1, dict(dropout=0.1)),
+    "codessm-uni": Model(BiGSLayer, 1, dict(causal=True)),
+    "codef": Model(BiGSLayer, 0, dict(fourier=True)),
+    "codessm-8k": Model(BiGSLayer, 8),
+    "codessm-hf": Model(BiGSLayer, 1, dict(local=3)),
     "bertcoder": Model(TransformerLayer, options=dict(rotary=False), positions=True),
     "rocoder": Model(TransformerLayer),
     "zamba": Model(ZambaLayer, more=2),
 }
-CHUNK = {"cuda": 512}  # the longest c there; elsewhere 256
-GROUP = 64  # m, chunks
-MOST_KEPT = 2 ** 28  # bytes
+CHUNK = {"cuda": 512}  # the longest c there, of up to 8 kernels; elsewhere 256
+GROUP = 64  # m, of up to 8 kernels
 
 
 def compute_dtype(X: torch.Tensor) -> torch.dtype:
     """Of matrix products with X: autocast's, else that of X."""
     return torch.get_autocast_dtype(X.device.type) if torch.is_autocast_enabled(X.device.type) else X.dtype
-
-
-def in_chunks(X: torch.Tensor, chunks: tuple[int, int]) -> torch.Tensor:
-    """(c, n, B, d) of X (B, L, d), filled up with zeros where L < n c, chunks being (n, c)."""
-    return pad(X, (0, 0, 0, math.prod(chunks) - X.shape[1])).unflatten(1, chunks).permute(2, 1, 0, 3).contiguous()
-
-
-class InTokens(torch.autograd.Function):
-    """X + R (B, n c, d) of X and R (c, n, B, d).
-
-    Its gradients stand in the order of chunks: compiled layers would copy each from the order of tokens.
-    """
-
-    @staticmethod
-    def forward(ctx, X: torch.Tensor, R: torch.Tensor) -> torch.Tensor:
-        ctx.chunks, ctx.dtype = (X.shape[1], X.shape[0]), R.dtype
-        return (X + R).permute(2, 1, 0, 3).flatten(1, 2)
-
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        grad = in_chunks(grad, ctx.chunks)
-        return grad, grad.to(ctx.dtype, copy=True)  # a copy, as in `Gelu`
 
 
 class Encoder(nn.Module):
@@ -664,24 +620,23 @@ class Encoder(nn.Module):
     `config` holds the arguments; `Encoder(**config)` is the same shape again. Raises ValueError where they do not fit.
     """
     chunk: int | None = None  # the longest c, if not the device's
-    fft = False  # convolve by FFT, for comparison
-    kept: dict | None = None  # while weights stay as they are, the `Kernels` of all layers by (c, n)
+    kernel_cache: dict | None = None  # of an encoder whose weights stay as they are (`Objective.frozen`)
 
     def __init__(self, vocab: int, d: int, layers: int, N: int = 64, model: str = "codessm",
                  kernels: int | None = None, ctx: int | None = None):
         super().__init__()
         kind = MODELS[model]
-        if kind.layer is not Layer and d % (32 if kind.layer is ZambaLayer else 64):
+        if kind.layer is not BiGSLayer and d % (32 if kind.layer is ZambaLayer else 64):
             raise ValueError(f"{model} has heads of 64 channels, which {d} are not a multiple of")
         self.bound = ctx if kind.positions else None
-        kernels = count_kernels(model, d, kernels)
+        k = count_kernels(model, d, kernels)
         if kind.positions and not ctx:
             raise ValueError(f"{model} has learned positions: ctx says how many")
-        self.config = dict(vocab=vocab, d=d, layers=layers, N=N, model=model, kernels=kernels, ctx=self.bound)
+        self.config = dict(vocab=vocab, d=d, layers=layers, N=N, model=model, kernels=k, ctx=self.bound)
         self.embedding = nn.Embedding(vocab, d)
         self.positions = nn.Embedding(ctx, d) if kind.positions else None
         self.norm = nn.LayerNorm(d, eps=1e-12)
-        options = kind.options | (dict(kernels=kernels) if kernels else {})
+        options = kind.options | (dict(k=k) if k else {})
         self.layers = nn.ModuleList(kind.layer(d, N, **options) for _ in range(layers + kind.more))
         self.shared = ZambaLayer.share(self.layers, d) if kind.layer is ZambaLayer else None
         for module in self.modules():
@@ -700,22 +655,54 @@ class Encoder(nn.Module):
         mask, L = None, ids.shape[1]
         if self.bound and L > self.bound:
             raise Problem(f"{self.config['model']} has learned positions for {self.bound} tokens and cannot read {L}")
-        chunks = self.chunks(L, ids.device)
+        chunks = self.chunks(L)
         if lengths is None and chunks and math.prod(chunks) > L:
             lengths = ids.new_full(ids.shape[:1], L)
         if lengths is not None:  # a row without any would leave attention nothing to attend to
             mask = (torch.arange(L, device=ids.device) < lengths[:, None].clamp(min=1))[..., None]
         X = self.embed(ids, chunks)
         if not chunks:
-            for layer, given in zip(self.layers, self.given(X)):
-                X = layer(X, given, mask)
+            for layer, own in zip(self.layers, type(self.layers[0]).inputs(self, X)):
+                X = layer(X, own, mask)
             return X
         mask = None if mask is None else in_chunks(mask, chunks)
         # (a layer without gradients for it would be compiled apart from the others)
         R = X.new_zeros(X.shape, dtype=compute_dtype(X)).requires_grad_(X.requires_grad)
-        for layer, given in zip(self.layers, self.given(X)):
-            X, R = layer(X, R, given, mask)
+        for layer, kernels in zip(self.layers, self.kernels(L, compute_dtype(X))):
+            X, R = layer(X, R, kernels, mask)
         return self.in_tokens(X, R)[:, :L]
+
+    def kernels(self, L: int, dtype: torch.dtype = torch.float32) -> list[Kernels | None]:
+        """Each layer's convolutions of L tokens as matrices, made for all layers at once; None of a layer without."""
+        (n, c), layers = self.chunks(L), self.layers
+        if layers[0].fourier:
+            return [None] * len(layers)
+        made = (self.kernel_cache or {}).get((n, c, dtype))
+        if made is None:
+            ssms = [ssm for layer in layers for ssm in (layer.forward_ssm, layer.backward_ssm)]
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.kernel_cache is None):
+                made = make_kernels(ssms, c, n, max(1, int(GROUP * self.shrink())), dtype, layers[0].causal)
+            if self.kernel_cache is not None:
+                # on a GPU recorded batches read kernels where they are: none leaves
+                if self.embedding.weight.device.type != "cuda" and len(self.kernel_cache) == 4:
+                    self.kernel_cache.clear()
+                self.kernel_cache[n, c, dtype] = made
+        return made
+
+    def shrink(self) -> float:
+        """By how much chunks are shorter of more than 8 kernels, so that T of all of them takes no more memory."""
+        return min(1.0, math.sqrt(8 / (self.config["kernels"] or 1)))
+
+    def chunks(self, L: int) -> tuple[int, int] | None:
+        """(n, c), the chunks in which L tokens are convolved; None of layers that do not convolve so."""
+        if not isinstance(self.layers[0], BiGSLayer):
+            return None
+        if self.layers[0].fourier:
+            return 1, L
+        longest = CHUNK.get(self.embedding.weight.device.type, 256) * self.shrink()
+        longest = self.chunk or max(8, int(longest) // 8 * 8)
+        n = -(-L // longest)
+        return n, -(-L // (8 * n)) * 8  # the matrix units want multiples of 8
 
     def embed(self, ids: torch.Tensor, chunks: tuple[int, int] | None = None) -> torch.Tensor:
         """The input of the first layer, float32, of ids (B, L): (B, L, d), or in `chunks` (c, n, B, d)."""
@@ -725,315 +712,52 @@ class Encoder(nn.Module):
 
     def in_tokens(self, X: torch.Tensor, R: torch.Tensor) -> torch.Tensor:
         """X + R (B, n c, d), both (c, n, B, d)."""
-        return InTokens.apply(X, R)
-
-    def chunks(self, L: int, device: torch.device) -> tuple[int, int] | None:
-        """(n, c), the chunks in which L tokens are convolved; None of layers that do not convolve so."""
-        if not isinstance(self.layers[0], Layer):
-            return None
-        if self.fft or self.layers[0].fourier:
-            return 1, L
-        n = -(-L // (self.chunk or CHUNK.get(device.type, 256)))
-        return n, -(-L // (8 * n)) * 8  # the matrix units want multiples of 8
-
-    def given(self, X: torch.Tensor) -> list:
-        """What each layer needs beside X, by its own account."""
-        return type(self.layers[0]).given(self, X)
+        return (X + R).permute(2, 1, 0, 3).flatten(1, 2)
 
     def compile_parts(self) -> None:
-        """Compile the layers, which share their code and so one compilation a shape, and the embedding.
+        """Compile the layers, which share their code and so one compilation a shape, and what is before and after them.
 
-        Not `kernels`: its gradient takes longer to compile than all the rest, and little time to run as it is.
+        Not `make_kernels`: its gradient takes longer to compile than all the rest, and little time to run as it is.
         """
         for layer in self.layers:
             layer.compile(dynamic=False, fullgraph=True)
-        self.embed, self.in_tokens = (torch.compile(part, dynamic=False, fullgraph=True)
-                                      for part in (self.embed, self.in_tokens))
+        self.embed, self.in_tokens = (torch.compile(part.__get__(self), dynamic=False, fullgraph=True)
+                                      for part in (Encoder.embed, Encoder.in_tokens))
+
+    def same_layers(self, model: str) -> bool:
+        """Whether a model's layers are of the kind of this one's, so that weights can go over."""
+        return MODELS[model].layer is MODELS[self.config["model"]].layer
+
+    def linear_maps(self) -> list[nn.Linear]:
+        """Those of the layers, as often as a token passes them: a shared block's come with each call."""
+        parts = [*self.layers]
+        if self.shared:
+            parts += [call[-1] for call in ZambaLayer.inputs(self, torch.empty(1, 1, 1)) if call]
+        return [module for part in parts for module in part.modules() if isinstance(module, nn.Linear)]
 
 
 def count_kernels(model: str, d: int, kernels: int | None) -> int:
     """S4D kernels a direction of a model of width d, 0 if it has none, `kernels` being asked for; raises ValueError."""
-    if kernels and not MODELS[model].kernels:
+    if kernels and not MODELS[model].k:
         raise ValueError(f"{model} has no S4D kernels, which are those of "
-                         f"{', '.join(name for name in MODELS if MODELS[name].kernels)}")
-    kernels = kernels or MODELS[model].kernels
+                         f"{', '.join(name for name in MODELS if MODELS[name].k)}")
+    kernels = kernels or MODELS[model].k
     if kernels and d % kernels:
         raise ValueError(f"{kernels} cannot share {d} channels equally: give a divisor of {d}")
     return kernels
 
 
-def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> nn.Module:
+def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> Objective:
     """The model of a checkpoint (or of the state file of an unfinished run), in evaluation mode.
 
     It is one of the objectives of tasks.py: `tasks.MLM` with `logits(hidden)`, or what it was fine-tuned for, with
     `labels`. All have `encoder`, which maps ids (B, L) and lengths (B,) to hidden states (B, L, d), and
     `tokenizer`. The file runs no code. Raises `data.Problem`.
     """
-    return restore(tasks.read(path), path).to(device).eval()
+    return tasks.restore(tasks.read(path), path, Encoder).to(device).eval()
 
 
-def restore(content: dict, path: str | os.PathLike) -> nn.Module:
-    """The model of what a checkpoint holds, on the CPU; raises `Problem`."""
-    try:
-        tokenizer = Tokenizer(content["tokenizer"], str(path))
-        config, weights = content["config"], content["weights"]
-        absent = {name for name in ("kernels", "ctx") if not config.get(name)}  # of models that have none
-        if not all(type(size) is int and size > 0 for name, size in config.items() if name not in {"model"} | absent) \
-                or config["layers"] > len(weights):
-            raise ValueError
-        if tokenizer.vocab > config["vocab"]:
-            raise Problem(f"{path}: its tokenizer has {tokenizer.vocab:,} entries and its model {config['vocab']:,}: "
-                          "they do not belong together")
-        with torch.device("meta"):  # shapes alone: the weights come from the file
-            model = tasks.build(content, Encoder(**config), tokenizer)
-        tasks.fits(weights, model.state_dict())
-        model.load_state_dict({name: weight.float() for name, weight in weights.items()}, assign=True)
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
-        raise Problem(f"{path}: its weights do not fit its configuration, so it is no whole checkpoint") from None
-    return model
-
-
-BIGS = {"LayerNorm": "norm", "dv": "v", "duc_forward": "u1", "duc_backward": "u2", "dol": "u", "do": "o"}
-BIGS_LAYER = {f"{theirs}.{kind}": f"{ours}.{kind}" for theirs, ours in BIGS.items() for kind in ("weight", "bias")} | {
-    f"{theirs}.{name}": f"{ours}.{name.split('.')[-1]}" for theirs, ours in (("fs4", "forward_ssm"),
-                                                                            ("bs4", "backward_ssm"))
-    for name in ("D", "kernel.C", "kernel.log_step", "kernel.A_re", "kernel.A_im")}
-BIGS_REST = {
-    "bigs.embeddings.word_embeddings.weight": "encoder.embedding.weight",
-    "bigs.embeddings.position_embeddings.weight": "encoder.positions.weight",
-    "bigs.embeddings.LayerNorm.weight": "encoder.norm.weight", "bigs.embeddings.LayerNorm.bias": "encoder.norm.bias",
-    "cls.predictions.transform.dense.weight": "dense.weight", "cls.predictions.transform.dense.bias": "dense.bias",
-    "cls.predictions.transform.LayerNorm.weight": "norm.weight",
-    "cls.predictions.transform.LayerNorm.bias": "norm.bias", "cls.predictions.bias": "bias"}
-# heads and embeddings that ours has not; the decoder is the embedding, and its bias is named above
-BIGS_OTHER = re.compile(r"bigs\.embeddings\.(token_type_embeddings\.weight|position_ids|token_type_ids)|"
-                        r"bigs\.pooler\..*|cls\.predictions\.decoder\.(weight|bias)|(classifier|qa_outputs)\..*")
-VOCABULARY = ("encoder.embedding.weight", "bias")  # the weights that belong to a tokenizer
-
-
-class Weights:
-    """The weights of a codessm checkpoint or of a BiGS PyTorch state dict, to start another model from.
-
-    BiGS names its tensors as the reference implementation of arXiv 2212.10544 does; the dict may lie under
-    "state_dict" or "model". Raises `data.Problem` where the file is neither, or holds a tensor of another name.
-    """
-
-    def __init__(self, path: str):
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise Problem(f"--init {path} is no file: write what it is to hold to one")
-        content = tasks.unpickle(path)
-        self.path, self.mark = path, data.open_source(path).mark
-        self.tokenizer, self.labels, self.others = None, None, []
-        if isinstance(content, dict) and content.get("format") == tasks.FORMAT:
-            model = restore(content, path)
-            self.config, self.tokenizer = model.encoder.config, model.tokenizer
-            self.labels = getattr(model, "labels", None)
-            self.theirs = {name: [(name, weight)] for name, weight in model.state_dict().items()}
-            return
-        for key in ("state_dict", "model"):
-            if isinstance(content, dict) and isinstance(content.get(key), dict):
-                content = content[key]
-        if not isinstance(content, dict) or not any(isinstance(name, str) and ".fs4." in name for name in content) \
-                or any(isinstance(tensor, torch.Tensor) and stretched(tensor) for tensor in content.values()):
-            raise Problem(f"--init {path} is neither a codessm checkpoint nor a BiGS state dict, or not a whole one")
-        self.config, self.theirs, unknown = None, {}, []
-        for name, tensor in content.items():
-            name = str(name)
-            found = re.fullmatch(r"bigs\.encoder\.layer\.(\d+)\.(.+)", name)
-            layer, rest = (f"encoder.layers.{found[1]}.", found[2]) if found else ("", name)
-            fused = re.fullmatch(r"du_(?:forward|backward)\.(weight|bias)", rest) if found else None
-            if not isinstance(tensor, torch.Tensor):
-                unknown.append(name)
-            elif fused:  # Wf before Wb
-                parts = self.theirs.setdefault(f"{layer}fb.{fused[1]}", [])
-                parts.insert(len(parts) if "backward" in rest else 0, (name, tensor))
-            elif rest in (BIGS_LAYER if found else BIGS_REST):
-                self.theirs[layer + (BIGS_LAYER if found else BIGS_REST)[rest]] = [(name, tensor)]
-            elif BIGS_OTHER.fullmatch(name):
-                self.others.append(name)
-            else:
-                unknown.append(name)
-        if unknown:
-            raise Problem(f"--init {path} has tensors that BiGS has not: {data.listed(unknown, 8)}")
-
-    def fill(self, task: nn.Module) -> str:
-        """Copies into a task what fits it; what was taken and what stayed random, for people. Raises `Problem`.
-
-        Of a file with more layers the first are taken, embeddings if the vocabulary is the same, a fine-tuned head if
-        the labels are, positions as many as both have, and one S4D kernel serves for each of several.
-        """
-        config, ours, theirs = task.encoder.config, task.state_dict(), self.config or dict(model="codessm")
-        if MODELS[config["model"]].layer is not MODELS[theirs["model"]].layer:
-            raise Problem(f"--init {self.path} is a {theirs['model'] if self.config else 'BiGS'}, whose layers are not "
-                          f"those of {config['model']}")
-        taken, misfits, foreign, few = [], [], False, ""
-        for name in self.theirs.keys() & ours.keys():
-            names, tensors = zip(*self.theirs[name])
-            target = ours[name]  # the task's own memory
-            if name in VOCABULARY and (self.tokenizer.text != task.tokenizer.text if self.tokenizer
-                                       else tensors[0].shape[:1] != target.shape[:1]):
-                foreign = True
-                continue
-            if name.startswith("head.") and self.labels != task.labels:
-                continue
-            try:
-                tensor = torch.cat(tensors)
-                if name == "encoder.positions.weight":
-                    few = f" (of positions the first {len(tensor)})" if len(tensor) < len(target) else ""
-                    tensor, target = tensor[:len(target)], target[:len(tensor)]
-                if target.shape not in (tensor.shape, (target.shape[0], *tensor.shape) if "_ssm." in name else None):
-                    raise ValueError
-                target.copy_(tensor)
-                taken.append(name)
-            except (ValueError, RuntimeError):
-                misfits += [f"{name} {tuple(tensor.shape)}" for name, tensor in zip(names, tensors)]
-        origin = "{model}, {layers} x {d}".format(**theirs) if self.config else "BiGS"
-        if misfits and self.config and theirs["kernels"] != config["kernels"]:
-            raise Problem(f"--init {self.path} has {theirs['kernels']} kernels a direction, not {config['kernels']}: "
-                          f"give --kernels {theirs['kernels']}")
-        if misfits:
-            raise Problem(f"--init {self.path} ({origin}) does not fit {config['model']}, {config['layers']} x "
-                          f"{config['d']}: {data.listed(sorted(misfits), 4)}")
-        left = [name for ours, parts in self.theirs.items() if ours not in taken for name, _ in parts] + self.others
-        self.theirs = {}  # and their memory
-        return (f"{self.path} ({origin}): taken {collapsed(taken)}{few}; "
-                f"random {collapsed(ours.keys() - set(taken))}{' (another vocabulary)' * foreign}; "
-                f"not taken {collapsed(left)}")
-
-
-def stretched(tensor: torch.Tensor) -> bool:
-    """Whether it would take more memory than the file it is from."""
-    return tensor.layout != torch.strided or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes()
-
-
-def collapsed(names: Iterable[str]) -> str:
-    """The names of tensors, with the layers whose names are alike drawn together."""
-    layers: dict[str, list[str]] = {}
-    rest, alike = [], {}
-    for name in sorted(names):
-        found = re.fullmatch(r"(?:bigs\.)?encoder\.layers?\.(\d+)\.(.+)", name)
-        layers.setdefault(int(found[1]), []).append(found[2]) if found else rest.append(name)
-    for number, parts in sorted(layers.items()):
-        alike.setdefault(tuple(parts), []).append(number)
-    drawn = [f"layers {numbers[0]}-{numbers[-1]}" + f" ({', '.join(parts)})" * (len(parts) <= 8)
-             for parts, numbers in alike.items()]
-    return ", ".join(drawn + rest) or "nothing"
-
-
-# ---- the command line -------------------------------------------------------------------------------
-
-OUT_OF_MEMORY = "out of memory: use a smaller --batch, --ctx or --size, or a larger --accumulate"
-
-
-def out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or any(said in str(error) for said in ("out of memory",
-                                                                                 "can't allocate memory"))
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, where there is nothing to save yet."""
-
-
-def terminate(_number, _frame):
-    raise Terminated
-
-
-class Commands(click.Group):
-    """The one place that turns what went wrong into a sentence and an exit code."""
-
-    def main(self, *args, **options):
-        try:
-            return super().main(*args, **options)
-        except SystemExit as end:
-            tasks.leave(end.code or 0)
-            raise
-
-    def invoke(self, ctx: click.Context):
-        before = signal.signal(signal.SIGTERM, terminate)
-        try:
-            result = super().invoke(ctx)
-            data.gather(None)  # none leaves before all have come to their end
-            return result
-        except click.UsageError as error:
-            if data.world() > 1:  # all have the same
-                if data.rank() == 0:
-                    error.show()
-                error.show = lambda *_: None
-                data.gather(None)
-            raise
-        except KeyboardInterrupt as error:
-            code = 143 if isinstance(error, Terminated) else 130
-            trains = ctx.invoked_subcommand in ("pretrain", "finetune")
-            raise Problem(f"interrupted{' before training began' * trains}: nothing is lost", code) from None
-        except BrokenPipeError:
-            raise
-        except OSError as error:
-            where = f"{error.filename}: " if error.filename else ""
-            raise Problem(f"{where}{error.strerror or error}", 1) from None
-        except (MemoryError, RuntimeError) as error:
-            if out_of_memory(error):
-                raise Problem(OUT_OF_MEMORY, 1) from None
-            if any(kind.__name__ == "TorchDynamoException" for kind in type(error).__mro__):  # inductor's too
-                lines = [line for line in str(error).splitlines() if line.strip() and not line.endswith("raised:")]
-                raise Problem(f"the compiler failed ({lines[0].strip()[:200] if lines else type(error).__name__}): "
-                              "--no-compile does without it", 1) from None
-            if "DataLoader worker" in str(error):
-                raise Problem("a process that tokenises died, perhaps for want of memory: use fewer --workers",
-                              1) from None
-            if tasks.lost(error):
-                problem = Problem("another of the processes ended, which ends this one too", 1)
-                problem.said = data.rank() > 0
-                raise problem from None
-            raise
-        finally:
-            signal.signal(signal.SIGTERM, before)
-
-
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(__version__, prog_name="codessm")
-@click.pass_context
-def cli(ctx):
-    """CodeSSM: a bidirectional state-space encoder of source code, linear in length."""
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        if ctx.invoked_subcommand not in ("pretrain", "finetune", "evaluate"):
-            raise Problem(f"{ctx.invoked_subcommand} runs in one process: start it without torchrun")
-        tasks.join()
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of `--device`; auto is cuda where there is one, else cpu. Of several processes each takes its own."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if data.world() > 1:
-        with data.together():
-            return own_device(name)
-    return find_device(name)
-
-
-def own_device(name: str) -> torch.device:
-    """Of this process among the several of its host."""
-    local, here = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if name not in ("cpu", "cuda"):
-        raise Problem(f"--device {name}: of several processes each has its own device: give cuda or cpu")
-    if name == "cuda" and here > torch.cuda.device_count():
-        raise Problem(f"{here} processes on a host with {torch.cuda.device_count()} GPUs: start as many as there are "
-                      "GPUs (--nproc-per-node), or give --device cpu")
-    return find_device(f"cuda:{local}" if name == "cuda" else name)
-
-
-def find_device(name: str) -> torch.device:
-    """The device of that name; raises `Problem`."""
-    try:
-        device = torch.device(name)
-        found = torch.empty(1, device=device).device
-        if device.type == "cuda":
-            torch.cuda.set_device(found)  # events and graphs are of the current one
-        if device.type in ("cpu", "cuda", "mps"):
-            return device
-    except (RuntimeError, AssertionError, NotImplementedError):
-        pass
-    raise Problem(f"--device {name}: there is no such device here; cpu always works")
-
+# ---- options ----------------------------------------------------------------------------------------
 
 OPTIONS = {
     "--ckpt": dict(metavar="FILE", required=True, help="The checkpoint."),
@@ -1041,13 +765,14 @@ OPTIONS = {
     "--ctx": dict(type=click.IntRange(8, 2**24)),
     "--size": dict(type=click.Choice(list(SIZES)),
                    help="12 layers of width 1024, 6 of 512, 4 of 128.  [default: base]"),
-    "--model": dict(type=click.Choice(list(MODELS)), default="codessm", show_default=True,
-                    help="codessm, a variant of it, or a model that it is compared with; the README tells them."),
+    "--model": dict(type=click.Choice(list(MODELS)), help="codessm, a variant of it, or a model that it is compared "
+                                                          "with; the README tells them.  [default: codessm]"),
     "--kernels": dict(type=click.IntRange(1), metavar="N",
                       help="S4D kernels a direction, each for its share of the channels.  [default: 1; codessm-8k: 8]"),
     "--init": dict(metavar="FILE", help="Start from the weights of a codessm checkpoint (with its tokenizer, unless "
                                         "another is asked for) or of a BiGS PyTorch state dict."),
-    "--tokenizer": dict(metavar="FILE", help="A Hugging Face tokenizer.json.  [default: train one on the data]"),
+    "--tokenizer": dict(metavar="PATH", help="A Hugging Face tokenizer.json, or a folder with vocab.json and "
+                                             "merges.txt.  [default: train one on the data]"),
     "--vocab": dict(type=click.IntRange(1, 10_000_000),
                     help="Entries of a trained tokenizer.  [default: 32100; tiny: 4096]"),
     "--steps": dict(type=click.IntRange(1), help="Optimizer steps; or give --epochs."),
@@ -1069,13 +794,10 @@ OPTIONS = {
     "--restart": dict(is_flag=True, help="Begin anew, whatever an earlier run left at -o."),
     "--device": dict(default="auto", show_default=True, help="cpu, cuda, cuda:1, mps; auto is cuda, else cpu."),
     "--compile/--no-compile": dict(default=None, help="Compile the layers, each length when it first comes.  "
-                                                      f"[default: on a GPU, from {tasks.PAYS} batches a length]"),
-    "--workers": dict(type=click.IntRange(0),
-                      help="Processes that tokenise ahead.  [default: half the cores, at most 4]"),
+                                   f"[default: on a GPU, from {tasks.COMPILING_PAYS} batches a length]"),
     "--json": dict(is_flag=True, help="Print the result as JSON."),
 }
-PARAMETERS = {"--compile/--no-compile": "compiled", "--data": "data_path", "--tokenizer": "tokenizer_path",
-              "-o": "output_path", "--json": "as_json"}
+PARAMETERS = {"--compile/--no-compile": "compiled", "--data": "paths", "-o": "output", "--json": "as_json"}
 
 
 def options(names: str, **changes: dict | str) -> Callable:
@@ -1089,39 +811,84 @@ def options(names: str, **changes: dict | str) -> Callable:
     return decorate
 
 
-def check_training(steps, epochs, vocab, tokenizer_path, lr, model, size, kernels) -> None:
-    """What the options of `pretrain` and `finetune` exclude."""
+class Commands(click.Group):
+    """Sees to it that every error ends in a sentence, and that standard error can end nothing."""
+
+    def main(self, *args, **options):
+        for number in range(3):  # a closed one would be the next file that is opened
+            try:
+                os.fstat(number)
+            except OSError:
+                os.open(os.devnull, os.O_RDWR)
+        stderr, sys.stderr = sys.stderr, data.QuietStream(sys.stderr)
+        try:
+            return super().main(*args, **options)
+        except SystemExit as end:
+            tasks.leave_ranks(end.code or 0)
+            raise
+        finally:
+            sys.stderr = stderr
+
+    def invoke(self, ctx: click.Context):
+        def interrupt(number, _frame):
+            raise tasks.Interrupt(number)
+
+        before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+        try:
+            result = super().invoke(ctx)
+            data.all_gather(None)  # none leaves before all have come to their end
+            return result
+        except click.UsageError as error:
+            if data.rank() > 0:  # all ranks have the same
+                error.show = lambda *_: None
+            raise
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError, SystemExit):
+            raise
+        except BaseException as error:
+            problem = tasks.explain(error)
+            if problem.exit_code > 128:
+                problem.message += ": nothing is lost"
+            raise problem from None
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="codessm")
+@click.pass_context
+def cli(ctx):
+    """CodeSSM: a bidirectional state-space encoder of source code, linear in length."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        if ctx.invoked_subcommand not in ("pretrain", "finetune", "evaluate"):
+            raise Problem(f"{ctx.invoked_subcommand} runs in one process: start it without torchrun")
+        tasks.join_ranks()
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of `--device`; auto is cuda where there is one, else cpu. Of several processes each takes its own."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if data.world_size() > 1:
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if name not in ("cpu", "cuda"):
+            raise Problem(f"--device {name}: of several processes each has its own device: give cuda or cpu")
+        if name == "cuda" and here > torch.cuda.device_count():
+            raise Problem(f"{here} processes on a host with {torch.cuda.device_count()} GPUs: start as many as there "
+                          "are GPUs (--nproc-per-node), or give --device cpu")
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
     try:
-        count_kernels(model or "codessm", SIZES[size or "base"]["d"], kernels)
-    except ValueError as error:
-        raise click.UsageError(f"--kernels: {error}") from None
-    if steps and epochs:
-        raise click.UsageError("give --steps or --epochs, not both")
-    if vocab and tokenizer_path:
-        raise click.UsageError("give --tokenizer or --vocab, not both: a given tokenizer has its own entries")
-    if lr and not math.isfinite(lr):
-        raise click.UsageError(f"--lr {lr} is not a number to learn with")
+        device = torch.empty(1, device=torch.device(name)).device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # events and graphs are of the current one
+        if device.type in ("cpu", "cuda", "mps"):
+            return device
+    except (RuntimeError, AssertionError, NotImplementedError):
+        pass
+    raise Problem(f"--device {name}: there is no such device here; cpu always works")
 
 
-def default_learning_rate(d: int, pretrained: bool = False) -> float:
-    """The peak one; 5e-5 is the papers' for fine-tuning."""
-    return 2e-3 if d <= SIZES["tiny"]["d"] else 5e-5 if pretrained else 3e-4
-
-
-def check_output(output_path: str, option: str, path: str | None) -> None:
-    """A run must not write over what it reads."""
-    if path is not None and os.path.realpath(path) in map(os.path.realpath, (output_path, f"{output_path}.state")):
-        raise Problem(f"-o {output_path} would replace what {option} {path} is read from: give another -o")
-
-
-def choose_tokenizer(path: str | None, vocab: int | None, source: Weights | None) -> Tokenizer | None:
-    """The one of --tokenizer, else that of --init, unless --vocab asks for another; None, it is to be trained."""
-    if path is not None:
-        return data.load_tokenizer(path)
-    return source.tokenizer if source and not vocab else None
-
-
-def bounded(ctx: int | None, default: int, encoder: nn.Module | None, path: str) -> int:
+def bounded(ctx: int | None, default: int, encoder: nn.Module | None, path: str | None) -> int:
     """--ctx, else the default, that the encoder's learned positions allow; raises `Problem` where it asks for more."""
     bound = encoder.bound if encoder else None
     if bound is None or (ctx or default) <= bound:
@@ -1129,154 +896,167 @@ def bounded(ctx: int | None, default: int, encoder: nn.Module | None, path: str)
     model = encoder.config["model"]
     if ctx:
         raise Problem(f"--ctx {ctx} is more than {path} can read: {model} has learned positions for {bound} tokens")
-    say(f"ctx {bound} rather than {default}: {path} is a {model}, which has learned positions for no more")
+    info(f"ctx {bound} rather than {default}: {path} is a {model}, which has learned positions for no more")
     return bound
 
 
-def default_workers(workers: int | None) -> int:
-    """Of each process: half the cores, shared by the processes of a host, at most 4."""
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return min(4, max(1, (os.cpu_count() or 1) // 2 // here)) if workers is None else workers
+# ---- commands ---------------------------------------------------------------------------------------
+
+def check(settings: Settings) -> None:
+    """What options exclude, and paths that a run would write over; raises UsageError and `Problem`."""
+    try:
+        count_kernels(settings.model or "codessm", SIZES[settings.size or "base"]["d"], settings.kernels)
+    except ValueError as error:
+        raise click.UsageError(f"--kernels: {error}") from None
+    new = dict(model=settings.model, kernels=settings.kernels, size=settings.size, init=settings.init,
+               tokenizer=settings.tokenizer, vocab=settings.vocab)
+    if settings.ckpt is not None and any(new.values()):
+        raise click.UsageError("--ckpt brings its own --model, --size, --tokenizer and --vocab: give it without them, "
+                               "and without --kernels and --init")
+    if settings.steps and settings.epochs:
+        raise click.UsageError("give --steps or --epochs, not both")
+    if settings.vocab and settings.tokenizer:
+        raise click.UsageError("give --tokenizer or --vocab, not both: a given tokenizer has its own entries")
+    if settings.lr and not math.isfinite(settings.lr):
+        raise click.UsageError(f"--lr {settings.lr} is not a number to learn with")
+    for option, path in (("--ckpt", settings.ckpt), ("--init", settings.init)):
+        written = map(os.path.realpath, (settings.output, f"{settings.output}.state"))
+        if path is not None and os.path.realpath(path) in written:
+            raise Problem(f"-o {settings.output} would replace what {option} {path} is read from: give another -o")
 
 
-def check_same(what: str, *counts: int) -> None:
-    """Raise a `Problem` where ranks have read different things: each host reads files of its own."""
-    found = data.gather(counts)
-    with data.together():
-        for place, theirs in enumerate(found):
-            if theirs != found[0]:
-                raise Problem(f"{what} of process {place} is not that of process 0 ({theirs} and {found[0]}): every "
-                              "host needs the same files")
+def prepare(settings: Settings, output: tasks.Output) -> tuple:
+    """Read what a run begins with, and complete its settings: ((data set, tokenizer), (checkpoint, --init, state)).
 
-
-def no_pipe(paths: Iterable[str]) -> None:
-    """Several processes cannot share what can be read once; raises `Problem`."""
-    if data.world() > 1 and any(path == "-" or os.path.exists(path) and not os.path.isdir(path)
-                                and not os.path.isfile(path) for path in paths):
-        with data.together():
-            raise Problem("standard input or a pipe cannot be read by several processes: write it to a file first")
-
-
-def describe(**facts: str) -> None:
-    """Every resolved setting, before the work begins."""
-    for name, value in facts.items():
-        say(f"{name:10} {value}")
-
-
-def describe_training(task: nn.Module, size: str, device: torch.device, compiled: bool, output_path: str, steps: int,
-                      epochs: float, decay: str, *, batch: int, lr: float, seed: int, accumulate: int,
-                      eval_every: int) -> None:
-    """The settings that all training has."""
-    parameters = sum(p.numel() for p in task.parameters())
-    several = task.encoder.config["kernels"]
-    kernels = f", {several} kernels a direction" * (several > 1)
-    describe(model=f"{task.encoder.config['model']} {size}{kernels}, {parameters:,} parameters, on {device} in "
-                   f"{'bfloat16' if tasks.bf16(device) else 'float32'}{', compiled' * compiled}",
-             **({"processes": f"{data.world()}, which share each batch"} if data.world() > 1 else {}),
-             training=f"{steps:,} steps of {batch} samples ({epochs:.1f} epochs), peak learning rate {lr:g} after "
-                      f"{tasks.warmup(steps):,} steps, {decay}, weight decay {tasks.WEIGHT_DECAY:g}, seed {seed}, "
-                      f"accumulate {accumulate}, an evaluation every {eval_every:,} steps",
-             output=f"{output_path}, metrics in {output_path}.jsonl")
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: of the tensors on a GPU, else of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "linux":  # where ru_maxrss begins with that of the parent
-        return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def shown(metrics: dict[str, float], first: str | None = None) -> str:
-    """Metrics for a sentence, the one that counts first."""
-    names = sorted(metrics, key=lambda name: name != first)
-    return ", ".join(f"{name} {metrics[name]:.4f}" for name in names)
-
-
-@cli.command(epilog="Example: codessm pretrain corpus.jsonl --ctx 256 --steps 10000 -o model.pt")
-@click.argument("corpus", nargs=-1)
-@options("--ctx --model --kernels --size --init --tokenizer --vocab --steps --epochs --batch --accumulate --lr "
-         "--eval-every --limit --code-field --text-field --skip-bad --max-line --seed -o --restart --device "
-         "--compile/--no-compile --workers --json",
-         ctx=dict(default=256, show_default=True, help="Tokens a sample, special ones included."),
-         size=dict(default="base"), epochs="Passes over the corpus.  [default: 1]",
-         lr="Peak learning rate.  [default: 3e-4, with --init 5e-5; tiny: 2e-3]",
-         eval_every="Steps between evaluations.  [default: a tenth of all]",
-         o=dict(default="model.pt", show_default=True, help="The checkpoint to write."))
-def pretrain(corpus, ctx, model, kernels, size, init, tokenizer_path, vocab, steps, epochs, batch, accumulate, lr,
-             eval_every, limit, code_field, text_field, skip_bad, max_line, seed, output_path, restart, device,
-             compiled, workers, as_json):
-    """Pretrain an encoder by masked language modelling on CORPUS.
-
-    CORPUS: JSONL files, plain or .gz, folders, globs, or - for standard input; without any, the Python
-    standard library. The same command run again goes on where an interrupted one was.
+    Rank 0 does it first and alone, so that one speaks of what is wrong.
     """
-    check_training(steps, epochs, vocab, tokenizer_path, lr, model, size, kernels)
-    if steps is None and epochs is None:
-        epochs = 1
-    lr = lr or default_learning_rate(SIZES[size]["d"], init is not None)
-    check_output(output_path, "--init", init)
-    started, device, workers = time.monotonic(), choose_device(device), default_workers(workers)
-    no_pipe(corpus)
-    with tasks.Output(output_path, restart) as output:
-        with data.together():
-            source = Weights(init) if init is not None else None
-        given = data.lead(partial(choose_tokenizer, tokenizer_path, vocab, source))
-        sources = data.on_host(lambda: data.find_sources(corpus, max_line * 10**6) if corpus
-                               else [data.standard_library()])
-        settings = dict(
-            corpus={source.name: source.mark for source in sources}, limit=limit, code_field=code_field,
-            text_field=text_field, skip_bad=skip_bad, max_line=max_line, ctx=ctx, model=model, kernels=kernels,
-            size=size, init=source and source.mark, tokenizer=zlib.crc32(given.text.encode()) if given else None,
-            vocab=given.vocab if given else vocab or (4096 if size == "tiny" else 32100),
-            steps=steps, epochs=epochs, batch=batch, accumulate=accumulate, lr=lr, eval_every=eval_every, seed=seed)
-        state = output.resume(settings)
+    task = data.TASKS[settings.task]
+    choose_device(settings.device)
+    pretrained = load(settings.ckpt) if settings.ckpt is not None else None
+    init = tasks.InitialWeights(settings.init) if settings.init is not None else None
+    settings.ctx = bounded(settings.ctx, task.ctx, pretrained and pretrained.encoder, settings.ckpt)
+    dataset = data.read_dataset(settings.task, settings.paths, task.splits, **reading(settings))
+    if settings.tokenizer is not None:
+        tokenizer = data.load_tokenizer(settings.tokenizer)
+    else:
+        tokenizer = init.tokenizer if init and not settings.vocab else pretrained and pretrained.tokenizer
+    if not pretrained:
+        settings.model, settings.size = settings.model or "codessm", settings.size or "base"
+    d = pretrained.encoder.config["d"] if pretrained else SIZES[settings.size]["d"]
+    settings.lr = settings.lr or default_learning_rate(d, bool(pretrained or init))
+    settings.vocab = tokenizer.vocab if tokenizer else settings.vocab or (4096 if settings.size == "tiny" else 32100)
+    settings.epochs = None if settings.steps else settings.epochs or task.epochs
+    settings.files = {source.name: source.mark for source in dataset.sources}
+    for option, path in (("--ckpt", settings.ckpt), ("--init", settings.init)):
+        if path is not None:
+            settings.files[f"{option} {path}"] = data.open_source(path).mark
+    if settings.tokenizer is not None:
+        settings.files["--tokenizer"] = str(zlib.crc32(tokenizer.text.encode()))
+    if data.world_size() > 1 and "-" in settings.files.values():
+        raise Problem("standard input or a pipe cannot be read by several processes: write it to a file first")
+    state = output.resume(settings)
+    if state:
+        tokenizer = data.Tokenizer(state["tokenizer"], output.state_path)
+    return (settings, dataset, tokenizer or data.train_tokenizer(dataset, settings.vocab)), (pretrained, init, state)
 
-        with data.together():
-            records = data.Corpus(sources, code_field, text_field, limit, skip_bad)
-            if len(records.train) < batch or not len(records.held_out):
-                count = len(records.train)
-                raise Problem(f"the corpus has {count} samples to train on and {len(records.held_out)} to evaluate on, "
-                              "fewer than one batch: give more of it"
-                              + (f", or --batch {count} or less" if count > 1 else ""))
-        check_same("the corpus", len(records), records.bytes, len(records.held_out))
-        tokenizer = Tokenizer(state["tokenizer"]) if state else given or data.lead(
-            lambda: data.train_tokenizer(records, settings["vocab"]))
-        samples = data.Samples(records, tokenizer, ctx, seed)
-        lengths = data.lead(lambda: data.static_lengths(samples, records.train, ctx))
-        batches = data.Batches(samples, records.train, batch, lengths, tokenizer.pad, seed)
-        some = np.linspace(0, len(records.held_out) - 1, min(HELD_OUT, len(records.held_out))).astype(int)
-        held_out = data.Batches(samples, records.held_out[some], batch, lengths, tokenizer.pad)
-        steps = steps or epochs * len(batches)
-        eval_every = eval_every or -(-steps // 10)
+
+def default_learning_rate(d: int, pretrained: bool) -> float:
+    """The peak one; 5e-5 is the papers' for fine-tuning."""
+    return 2e-3 if d <= SIZES["tiny"]["d"] else 5e-5 if pretrained else 3e-4
+
+
+def reading(settings: Settings) -> dict:
+    """The settings that say how files are read."""
+    return dict(limit=settings.limit, skip_bad=settings.skip_bad, longest=settings.max_line * 10**6,
+                code_field=settings.code_field, text_field=settings.text_field)
+
+
+def fit(settings: Settings) -> None:
+    """Train for a task, from the files to the printed result: what `pretrain` and `finetune` do."""
+    started = time.monotonic()
+    check(settings)
+    with tasks.Output(settings.output, settings.restart) as output:
+        shared, (pretrained, init, state) = prepare(settings, output) if data.rank() == 0 else (None, (None,) * 3)
+        settings, dataset, tokenizer = data.broadcast(shared)
+        device, ctx, batch, seed = choose_device(settings.device), settings.ctx, settings.batch, settings.seed
+        an_epoch = -(-len(dataset.splits["train"].examples) // batch)
+        several = (settings.steps or 0) > an_epoch or (settings.epochs or 0) > 1
+        store = data.tokenise(dataset, tokenizer, ctx, dataset.items_read(settings.steps, batch, seed), several,
+                              output.tokens_path)
+        splits = dataset.splits
+        train = data.Batches(store, tokenizer, ctx, splits["train"].examples, batch, seed, splits["train"].labels)
+        each = {name: data.Batches(store, tokenizer, ctx, split.items()[:, None], batch)
+                for name, split in splits.items() if name != "train"}
+        settings.steps = settings.steps or settings.epochs * len(train)
+        evaluations = data.TASKS[settings.task].evaluations
+        settings.eval_every = settings.eval_every or (-(-settings.steps // evaluations) if evaluations else len(train))
 
         torch.manual_seed(seed)
-        task = MLM(Encoder(tokenizer.vocab, **SIZES[size], model=model, kernels=kernels, ctx=ctx), tokenizer, seed)
-        with data.together():
-            taken = {"init": source.fill(task)} if source and not state else {}
-        del source  # and its memory
-        task = task.to(device)
-        compiled = tasks.compile_parts(task, compiled, tasks.pays(batches, steps))
-        first = held_out.stream(stop=min(len(held_out), held_out.POOL))
-        if not sum(data.gather(sum(task.prepare(batch)[1] for batch in first))):
-            raise Problem(f"nothing to predict in the {len(held_out.records)} records held out: give a larger corpus")
-        describe(
-            corpus=f"{data.listed(s.name for s in sources)}: {len(records):,} records, {data.size(records.bytes)}, "
-                   f"{len(records.held_out):,} of them held out, {len(held_out.records):,} for evaluation"
-                   + (f"; {records.bad:,} bad lines passed over" if records.bad else ""),
-            tokenizer=f"{tokenizer.vocab:,} entries, {'given' if given else 'trained on the corpus'}",
-            samples=f"ctx {ctx}, padded to {', '.join(map(str, lengths))}; {workers} processes tokenise ahead", **taken)
-        describe_training(task, size, device, compiled, output_path, steps, steps / len(batches), "cosine",
-                          batch=batch, lr=lr, seed=seed, accumulate=accumulate, eval_every=eval_every)
-        metrics = tasks.train(task, batches, held_out, output, state,
-                              settings=settings, steps=steps, lr=lr, accumulate=accumulate, eval_every=eval_every,
-                              workers=workers, graphs=compiled)
-    result = dict(output=output_path, steps=steps, parameters=sum(p.numel() for p in task.parameters()),
-                  held_out=len(held_out.records), seconds=round(time.monotonic() - started, 1),
-                  peak_memory=peak_memory(device), **metrics)
-    print_result(result, as_json, f"{output_path}: {steps:,} steps in {result['seconds']:.0f} s; "
-                                  f"on {len(held_out.records):,} held-out records {mlm_sentence(metrics)}")
+        if settings.ckpt is not None:
+            encoder = (pretrained or load(settings.ckpt)).encoder
+        else:
+            encoder = Encoder(tokenizer.vocab, **SIZES[settings.size], model=settings.model, kernels=settings.kernels,
+                              ctx=ctx)
+        objective = tasks.OBJECTIVES[data.TASKS[settings.task].kind](encoder, tokenizer, settings.task, dataset.labels,
+                                                                     ctx, seed)
+        taken = init.copy_to(objective) if init and not state else ""
+        del pretrained, init  # and their memory
+        objective = objective.to(device)
+        compiled = tasks.compile_objective(objective, settings.compiled, tasks.compiling_pays(train, settings.steps))
+        describe(settings, dataset, objective, train, each["valid"], taken, device, compiled)
+        trainer = tasks.Trainer(objective, train, each["valid"], splits["valid"], output, settings, compiled)
+        trainer.begin(state)
+        metrics = trainer.run()
+        scores = {f"valid_{name}": value for name, value in metrics.items()}
+        if "test" in splits:
+            try:
+                found, _ = tasks.evaluate(objective, each["test"], splits["test"])
+            except KeyboardInterrupt as error:
+                problem = tasks.explain(error)
+                problem.message += (f": {output.path} is written; `codessm evaluate {settings.task} --ckpt "
+                                    f"{output.path} --data {settings.paths[0]}` scores the test split")
+                raise problem from None
+            scores |= {f"test_{name}": value for name, value in found.items()}
+            output.record(step=settings.steps, **{name: scores[name] for name in scores if name.startswith("test_")})
+    seconds, memory = time.monotonic() - started, tasks.peak_memory(device)
+    result = dict(output=output.path, task=settings.task, steps=settings.steps, parameters=count_parameters(objective),
+                  **scores, seconds=round(seconds, 1), peak_memory=memory)
+    sentences = [f"{output.path}: {settings.steps:,} steps in {seconds:.0f} s, peak memory {data.human_bytes(memory)}"]
+    for name, split in splits.items():
+        own = {key.removeprefix(f"{name}_"): value for key, value in scores.items() if key.startswith(f"{name}_")}
+        if own:
+            sentences.append(f"{name:6} {len(split.examples):,} examples: {objective.format_metrics(own)}")
+    print_result(result, settings.as_json, *sentences)
+
+
+def count_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def describe(settings: Settings, dataset: data.Dataset, objective: Objective, train: data.Batches,
+             valid: data.Batches, taken: str, device: torch.device, compiled: bool) -> None:
+    """Say every resolved setting, before the work begins."""
+    config, labels = objective.encoder.config, objective.labels
+    several = f", {config['kernels']} kernels a direction" * (config["kernels"] > 1)
+    facts = {
+        "task": f"{settings.task}, {objective.kind}, from {settings.ckpt or settings.init or 'scratch'}",
+        "data": dataset.description() + (f"; {dataset.bad:,} bad lines passed over" if dataset.bad else ""),
+        "init": taken,
+        "labels": f"{len(labels):,}: {data.listed(labels, 8)}" if labels else "",
+        "tokenizer": f"{objective.tokenizer.vocab:,} entries",
+        "samples": f"ctx {settings.ctx}; {len(valid.examples):,} distinct ones to encode in an evaluation",
+        "model": f"{config['model']}, {len(objective.encoder.layers)} x {config['d']}{several}, "
+                 f"{count_parameters(objective):,} parameters, on {device} in "
+                 f"{'bfloat16' if tasks.bf16(device) else 'float32'}{', compiled' * compiled}",
+        "processes": f"{data.world_size()}, which share each batch" if data.world_size() > 1 else "",
+        "training": f"{settings.steps:,} steps of {settings.batch} samples ({settings.steps / len(train):.1f} epochs), "
+                    f"peak learning rate {settings.lr:g} after {tasks.warmup(settings.steps):,} steps, weight decay "
+                    f"{tasks.WEIGHT_DECAY:g}, seed {settings.seed}, accumulate {settings.accumulate}, an evaluation "
+                    f"every {settings.eval_every:,} steps",
+        "output": f"{settings.output}, metrics in {settings.output}.jsonl"}
+    for name, fact in facts.items():
+        if fact:
+            info(f"{name:10} {fact}")
 
 
 def print_result(result: dict, as_json: bool, *sentences: str) -> None:
@@ -1285,49 +1065,44 @@ def print_result(result: dict, as_json: bool, *sentences: str) -> None:
         click.echo(json.dumps(result) if as_json else "\n".join(sentences))
 
 
-def mlm_sentence(metrics: dict[str, float]) -> str:
-    return (f"loss {metrics['loss']:.3f}, accuracy {metrics['accuracy']:.1%}, "
-            f"perplexity {metrics['perplexity']:.1f}")
+TRAINING = ("--ctx --model --kernels --size --init --tokenizer --vocab --steps --epochs --batch --accumulate --lr "
+            "--eval-every --limit --skip-bad --max-line --seed -o --restart --device --compile/--no-compile --json")
 
 
-def task_argument(*more: str) -> Callable:
-    return click.argument("name", metavar="TASK", type=click.Choice([*data.TASKS, *more]))
+@cli.command(epilog="Example: codessm pretrain corpus.jsonl --ctx 256 --steps 10000 -o model.pt")
+@click.argument("corpus", nargs=-1)
+@options(TRAINING + " --code-field --text-field",
+         ctx="Tokens a sample, special ones included.  [default: 256]", epochs="Passes over the corpus.  [default: 1]",
+         lr="Peak learning rate.  [default: 3e-4, with --init 5e-5; tiny: 2e-3]",
+         eval_every="Steps between evaluations.  [default: a tenth of all]",
+         o=dict(default="model.pt", show_default=True, help="The checkpoint to write."))
+def pretrain(corpus, **chosen):
+    """Pretrain an encoder by masked language modelling on CORPUS.
+
+    CORPUS: files of JSON lines, plain or compressed, folders, globs, or - for standard input; without any, the Python
+    standard library. The same command run again goes on where an interrupted one was.
+    """
+    fit(Settings("mlm", paths=list(corpus), **chosen))
 
 
-def describe_data(reader: data.Reader) -> str:
-    """What was read, for people."""
-    parts = [f"{len(split):,} {name}" for name, split in reader.splits.items()]
-    for name, split in reader.splits.items():
-        if split.candidates is not None and name != "train":
-            parts.append(f"{len(split.candidates):,} candidates for {name}")
-    return ", ".join(parts) + (f"; {reader.notes}" if reader.notes else "") + (
-        f"; {reader.bad:,} bad lines passed over" if reader.bad else "")
+def task_argument(*names: str) -> Callable:
+    return click.argument("task", metavar="TASK", type=click.Choice(names))
 
 
-def describe_encoding(split: data.Split) -> str:
-    """What it saves to encode each distinct item once."""
-    sides = split.examples.size
-    if split.candidates is not None:
-        sides = len(np.unique(split.query)) + len(split.candidates)
-    return f"{len(split.distinct):,} distinct of {sides:,} to encode, each once"
+FINETUNED = [name for name, task in data.TASKS.items() if task.line]
 
 
 @cli.command(epilog="Example: codessm finetune devign --ckpt model.pt --data devign/ -o devign.pt")
-@task_argument()
-@options("--ckpt --data --ctx --model --kernels --size --init --tokenizer --vocab --steps --epochs --batch "
-         "--accumulate --lr --eval-every --limit --skip-bad --max-line --seed -o --restart --device "
-         "--compile/--no-compile --workers --json",
+@task_argument(*FINETUNED)
+@options("--ckpt --data " + TRAINING,
          ckpt=dict(required=False, help="The pretrained checkpoint to start from; without one, from scratch."),
          data="The folder (or file) of the benchmark as published.  [default: ./TASK]",
          ctx="Tokens a function, special ones included.  [default: the task's]",
-         model=dict(default=None, show_default=False, help="As in pretrain, without --ckpt.  [default: codessm]"),
          epochs="Passes over the training split.  [default: the task's]",
          lr="Peak learning rate.  [default: 5e-5 from a checkpoint, 3e-4 from scratch; tiny: 2e-3]",
          eval_every="Steps between evaluations.  [default: an epoch]",
          o="The checkpoint to write.  [default: TASK.pt]")
-def finetune(name, ckpt, data_path, ctx, model, kernels, size, init, tokenizer_path, vocab, steps, epochs, batch,
-             accumulate, lr, eval_every, limit, skip_bad, max_line, seed, output_path, restart, device, compiled,
-             workers, as_json):
+def finetune(task, **chosen):
     """Fine-tune an encoder on TASK and score it.
 
     TASK: advtest, sqa, devign, diversevul, complexity, typeinf or clone; or, for JSONL of your own, retrieval (text,
@@ -1336,187 +1111,72 @@ def finetune(name, ckpt, data_path, ctx, model, kernels, size, init, tokenizer_p
     The weights with the best metric on the validation split are kept; the test split, if there is one, is scored
     once, at the end. The same command run again goes on where an interrupted one was.
     """
-    if ckpt is not None and (model or kernels or size or init or tokenizer_path or vocab):
-        raise click.UsageError("--ckpt brings its own --model, --size, --tokenizer and --vocab: give it without them, "
-                               "and without --kernels and --init")
-    check_training(steps, epochs, vocab, tokenizer_path, lr, model, size, kernels)
-    benchmark, model, size = data.TASKS[name], model or "codessm", size or "base"
-    output_path = output_path or f"{name}.pt"
-    if steps is None and epochs is None:
-        epochs = benchmark.epochs
-    started, device, workers = time.monotonic(), choose_device(device), default_workers(workers)
-    check_output(output_path, "--ckpt", ckpt)
-    check_output(output_path, "--init", init)
-    with tasks.Output(output_path, restart) as output:
-        with data.together():
-            pretrained = load(ckpt) if ckpt is not None else None
-            source = Weights(init) if init is not None else None
-            ctx = bounded(ctx, benchmark.ctx, pretrained and pretrained.encoder, ckpt)
-        given = data.lead(partial(choose_tokenizer, tokenizer_path, vocab, source))
-        d = pretrained.encoder.config["d"] if pretrained else SIZES[size]["d"]
-        lr = lr or default_learning_rate(d, (pretrained or source) is not None)
-        with data.together():
-            reader = data.Reader(name, data_path or name, limit=limit, skip_bad=skip_bad, longest=max_line * 10**6)
-        settings = dict(
-            corpus={source.name: source.mark for source in reader.sources.values()}, task=name, limit=limit,
-            skip_bad=skip_bad, max_line=max_line, ctx=ctx, ckpt=data.open_source(ckpt).mark if pretrained else None,
-            model=None if pretrained else model, kernels=kernels, size=None if pretrained else size,
-            init=source and source.mark,
-            tokenizer=zlib.crc32(given.text.encode()) if given else None,
-            vocab=None if pretrained or given else vocab or (4096 if size == "tiny" else 32100),
-            steps=steps, epochs=epochs, batch=batch, accumulate=accumulate, lr=lr, eval_every=eval_every, seed=seed)
-        state = output.resume(settings)
-
-        train, valid = reader.splits["train"], reader.splits["valid"]
-        if state:
-            tokenizer = Tokenizer(state["tokenizer"])
-        elif pretrained:
-            tokenizer = pretrained.tokenizer
-        else:
-            tokenizer = given or data.lead(lambda: data.train_tokenizer(train, settings["vocab"]))
-        facts = describe_data(reader)
-        with data.together():
-            for part, split in reader.splits.items():
-                if not len(split.prepare(tokenizer, ctx)):
-                    raise Problem(f"the {part} split has no labelled token")
-        check_same("the data", *(len(split) for split in reader.splits.values()),
-                   *(split.bytes for split in reader.splits.values()))
-        lengths = data.lead(lambda: data.static_lengths(train.items, train.distinct, ctx))
-        batches, held_out = train.training(batch, lengths, seed), valid.each(batch, lengths)
-        steps = steps or epochs * len(batches)
-        eval_every = eval_every or len(batches)
-
-        torch.manual_seed(seed)
-        encoder = pretrained.encoder if pretrained else Encoder(tokenizer.vocab, **SIZES[size], model=model,
-                                                                kernels=kernels, ctx=ctx)
-        task = tasks.OBJECTIVES[benchmark.kind](encoder, tokenizer, name, reader.labels, ctx)
-        with data.together():
-            taken = {"init": source.fill(task)} if source and not state else {}
-        del source  # and its memory
-        task = task.to(device)
-        compiled = tasks.compile_parts(task, compiled, tasks.pays(batches, steps))
-        describe(task=f"{name}, {benchmark.kind}, from {ckpt or init or 'scratch'}", data=facts, **taken,
-                 **({"labels": f"{len(reader.labels):,}: {data.listed(reader.labels, 8)}"} if reader.labels else {}),
-                 tokenizer=f"{tokenizer.vocab:,} entries",
-                 samples=f"ctx {ctx}, padded to {', '.join(map(str, lengths))}; {workers} processes tokenise ahead",
-                 validation=describe_encoding(valid))
-        describe_training(task, f"{encoder.config['layers']} x {encoder.config['d']}", device, compiled, output_path,
-                          steps, steps / len(batches), "linear", batch=batch, lr=lr, seed=seed, accumulate=accumulate,
-                          eval_every=eval_every)
-        metrics = tasks.train(task, batches, held_out, output, state, split=valid,
-                              settings=settings, steps=steps, lr=lr, decay=tasks.linearly, accumulate=accumulate,
-                              eval_every=eval_every, workers=workers,
-                              graphs=compiled)
-        result = dict(output=output_path, task=name, steps=steps, parameters=sum(p.numel() for p in task.parameters()),
-                      **{f"valid_{key}": value for key, value in metrics.items()})
-        if "test" in reader.splits:
-            test = reader.splits["test"]
-            try:
-                scores, _ = tasks.evaluate(task, test.each(batch, lengths), test, workers)
-            except KeyboardInterrupt as interrupt:
-                code = 143 if isinstance(interrupt, Terminated) else 130
-                raise Problem(f"interrupted: {output_path} is written; `codessm evaluate {name} --ckpt {output_path} "
-                              f"--data {reader.path}` scores the test split", code) from None
-            output.record(step=steps, **{f"test_{key}": value for key, value in scores.items()})
-            result |= {f"test_{key}": value for key, value in scores.items()}
-    result |= dict(seconds=round(time.monotonic() - started, 1), peak_memory=peak_memory(device))
-    sentences = [f"{output_path}: {steps:,} steps in {result['seconds']:.0f} s, peak memory "
-                 f"{data.size(result['peak_memory'])}", f"valid  {shown(metrics, benchmark.metric)}"]
-    if "test" in reader.splits:
-        sentences.append(f"test   {shown(scores, benchmark.metric)}")
-    print_result(result, as_json, *sentences)
+    fit(Settings(task, **chosen | dict(paths=[chosen["paths"] or task], output=chosen["output"] or f"{task}.pt")))
 
 
-def load_for(name: str, path: str, device: torch.device) -> nn.Module:
+def load_for(name: str, path: str, device: torch.device) -> Objective:
     """The model of a checkpoint, which must be one for this task; raises `Problem`."""
     model = load(path, device)
-    if name == "mlm" and model.name == "mlm":
-        return model
-    if name == "mlm":
-        raise Problem(f"{path} was fine-tuned for {model.name} and no longer predicts masked tokens: give the "
-                      "pretrained checkpoint")
-    if model.name == "mlm":
-        raise Problem(f"{path} is a pretrained encoder: `codessm finetune {name} --ckpt {path}` makes a model for "
-                      f"{name} of it")
     ours, theirs = data.TASKS[name], data.TASKS[model.name]
     if ours.kind != theirs.kind or ours.labels and list(ours.labels) != model.labels:
-        raise Problem(f"{path} was fine-tuned for {model.name}, which is not the same kind of task as {name}")
+        raise Problem(f"{path} is a model for {model.name}, which {name} cannot be scored with"
+                      + f": `codessm finetune {name} --ckpt {path}` makes one of it that can" * (name in FINETUNED))
     return model
 
 
 @cli.command(epilog="Example: codessm evaluate devign --ckpt devign.pt --split test --predictions predictions.txt")
-@task_argument("mlm")
+@task_argument(*data.TASKS)
 @options("--ckpt --data --ctx --batch --limit --skip-bad --max-line --code-field --text-field --device "
-         "--compile/--no-compile --workers --json",
+         "--compile/--no-compile --json",
          data="The folder (or file) of the benchmark, of mlm a corpus.  [default: ./TASK; mlm: the standard library]",
-         ctx="Tokens a function.  [default: as trained; mlm: 256]",
+         ctx="Tokens a function.  [default: as trained]",
          batch="Samples at a time; the result does not depend on it.")
 @click.option("--split", default="test", show_default=True, type=click.Choice(data.SPLITS),
               help="Of mlm, test is the whole corpus and valid its held-out 1 %.")
 @click.option("--predictions", metavar="FILE", help="Write the predictions, in the form CodeXGLUE's evaluators read.")
-def evaluate(name, ckpt, data_path, ctx, batch, limit, skip_bad, max_line, code_field, text_field, device, compiled,
-             workers, as_json, split, predictions):
+def evaluate(task, ckpt, split, predictions, **chosen):
     """Score a checkpoint on a split of TASK, or on a corpus.
 
     TASK: one of those of finetune, or mlm, which predicts masked tokens of a corpus with a pretrained checkpoint.
     """
-    if predictions is not None and name == "mlm":
-        raise click.UsageError("--predictions is for the other tasks than mlm")
-    if name != "mlm" and (code_field or text_field):
+    started, settings = time.monotonic(), Settings(task, ckpt=ckpt, **chosen | dict(paths=[chosen["paths"] or task]))
+    if task not in FINETUNED:
+        settings.paths = [chosen["paths"]] if chosen["paths"] else []
+        if predictions is not None:
+            raise click.UsageError("--predictions is for the other tasks than mlm")
+    elif settings.code_field or settings.text_field:
         raise click.UsageError("--code-field and --text-field are for mlm")
-    started, device, workers = time.monotonic(), choose_device(device), default_workers(workers)
-    with data.together():
-        model = tasks.narrow(load_for(name, ckpt, device))
-        if predictions is not None and data.rank() == 0:
+    dataset = None
+    if data.rank() == 0:
+        model = load_for(task, ckpt, choose_device(settings.device))
+        if predictions is not None:
             data.check_writable(predictions, "--predictions")
             if os.path.exists(predictions):
                 raise Problem(f"{predictions} exists: give --predictions another name, or remove it")
-    if name == "mlm":
-        no_pipe([data_path or ""])
-        sources = data.on_host(lambda: data.find_sources([data_path], max_line * 10**6) if data_path is not None
-                               else [data.standard_library()])
-        with data.together():
-            corpus = data.Corpus(sources, code_field, text_field, limit, skip_bad)
-            records = {"test": np.arange(len(corpus)), "valid": corpus.held_out, "train": corpus.train}[split]
-            if not len(records):
-                raise Problem(f"the {split} split of {data_path} is empty")
-            ctx, part = bounded(ctx, 256, model.encoder, ckpt), None
-        check_same("the corpus", len(corpus), corpus.bytes)
-        samples = data.Samples(corpus, model.tokenizer, ctx)
-        lengths = data.lead(lambda: data.static_lengths(samples, records, ctx))
-        batches = data.Batches(samples, records, batch, lengths, model.tokenizer.pad)
-        facts, count = f"{len(corpus):,} records" + (f"; {corpus.bad:,} bad lines passed over" if corpus.bad else ""), \
-            len(records)
-    else:
-        with data.together():
-            reader = data.Reader(name, data_path or name, wanted=[split], required=[split], labels=model.labels,
-                                 limit=limit, skip_bad=skip_bad, longest=max_line * 10**6)
-            ctx, part, facts = bounded(ctx, model.ctx, model.encoder, ckpt), reader.splits[split], describe_data(reader)
-            count = len(part)
-            if not len(part.prepare(model.tokenizer, ctx)):
-                raise Problem(f"the {split} split has no labelled token")
-        check_same("the data", count, part.bytes)
-        lengths = data.lead(lambda: data.static_lengths(part.items, part.distinct, ctx))
-        batches = part.each(batch, lengths)
-        facts += f"; {describe_encoding(part)}"
-    describe(data=facts, samples=f"ctx {ctx}, padded to {', '.join(map(str, lengths))}")
-    compiled = tasks.compile_parts(model, compiled, tasks.pays(batches, len(batches)))
-    metrics, outputs = tasks.evaluate(model, batches, part, workers, eagerly=not compiled)
-    with data.together():
-        if not all(map(math.isfinite, metrics.values())):
-            if name == "mlm" and not outputs[-1]:
-                raise Problem(f"{data_path}: nothing could be predicted: the corpus is too small")
-            raise Problem(f"{ckpt}: {NOT_NUMBERS}", 1)
-        if predictions is not None and data.rank() == 0:
-            with data.atomic(predictions) as file:
-                file.writelines(line.encode("utf-8", "replace") + b"\n" for line in model.lines(outputs, part))
-    result = dict(task=name, split=split, examples=count, **metrics, encoded=len(batches.records),
-                  seconds=round(time.monotonic() - started, 1), peak_memory=peak_memory(device))
-    sentence = mlm_sentence(metrics) if name == "mlm" else shown(metrics, data.TASKS[name].metric)
-    print_result(result, as_json, f"{name} {split}, {count:,} examples in {result['seconds']:.0f} s: {sentence}")
+        dataset = data.read_dataset(task, settings.paths, [split], required=[split], labels=model.labels,
+                                    names=predictions is not None, whole=True, **reading(settings))
+        settings.ctx = bounded(settings.ctx, model.ctx, model.encoder, ckpt)
+    dataset, settings = data.broadcast((dataset, settings))
+    device = choose_device(settings.device)
+    model = load_for(task, ckpt, device) if data.rank() > 0 else model
+    store = data.tokenise(dataset, model.tokenizer, settings.ctx, dataset.splits[split].items())
+    part = dataset.splits[split]
+    batches = data.Batches(store, model.tokenizer, settings.ctx, part.items()[:, None], settings.batch)
+    info(f"{dataset.description()}; ctx {settings.ctx}, {len(batches.examples):,} distinct samples to encode")
+    compiled = tasks.compile_objective(model, settings.compiled, tasks.compiling_pays(batches, len(batches)))
+    metrics, outputs = tasks.evaluate(model, batches, part, compiled=compiled)
+    if not all(map(math.isfinite, metrics.values())):
+        raise Problem(f"{ckpt}: {NOT_NUMBERS}", 1)
+    if predictions is not None and data.rank() == 0:
+        with data.atomic(predictions) as file:
+            file.writelines(line.encode("utf-8", "replace") + b"\n" for line in model.format_predictions(outputs, part))
+    seconds = time.monotonic() - started
+    print_result(dict(task=task, split=split, examples=len(part.examples), **metrics, encoded=len(batches.examples),
+                      seconds=round(seconds, 1), peak_memory=tasks.peak_memory(device)), settings.as_json,
+                 f"{task} {split}, {len(part.examples):,} examples in {seconds:.0f} s: {model.format_metrics(metrics)}")
 
 
-NOT_NUMBERS = "what the model says is no number: its training went wrong, try a lower --lr"
+NOT_NUMBERS = "what the model says is no number: its training went wrong, or there is nothing to predict"
 PREDICT = 4096  # records at a time
 
 
@@ -1531,151 +1191,60 @@ def predict(files, ckpt, ctx, batch, max_line, device):
     `probabilities` (of a pair `prediction` and `score`, of retrieval `score`, the cosine of text and code, of tagging
     `predictions`, one a token). For a source file a line comes out with its `path`.
     """
-    device = choose_device(device)
-    model = tasks.narrow(load(ckpt, device))
-    if model.name == "mlm":
+    model = load(ckpt, choose_device(device)).frozen()
+    if not hasattr(model, "results"):
         raise Problem(f"{ckpt} is a pretrained encoder, which predicts nothing yet: fine-tune it first")
     ctx = bounded(ctx, model.ctx, model.encoder, ckpt)
-    parse = partial(data.parse_example, data.prediction_task(model.name), labelled=False)
-    for path, source, hidden in data.prediction_sources(files or ["-"], model.name, max_line * 10**6):
-        if not os.path.getsize(source.path):
-            continue
-        records = data.Records([source], parse)
-        for start in range(0, len(records), PREDICT):
-            rows = np.arange(start, min(start + PREDICT, len(records)))
-            split = data.unlabelled(model.name, records, rows).prepare(model.tokenizer, ctx)
-            batches = split.each(batch, data.static_lengths(split.items, split.distinct, ctx, 256))
-            with torch.no_grad(), closing(batches.stream(stop=len(batches))) as stream:
-                bar = data.progress(stream, total=len(batches), desc=f"{path}, from record {start + 1:,}",
-                                    leave=False, unit=" batches", unit_scale=False)
-                for row, result in zip(rows, model.results(bar, split)):
-                    kept = data.parse_json(records.line(row))
-                    try:
-                        json.dumps(result, allow_nan=False)
-                    except ValueError:
-                        raise Problem(f"{ckpt}: {NOT_NUMBERS}", 1) from None
-                    click.echo(json.dumps({k: v for k, v in kept.items() if k not in hidden} | result))
+    for name, examples, hidden in data.examples_to_predict(files or ["-"], model.name, max_line * 10**6):
+        while chunk := list(itertools.islice(examples, PREDICT)):
+            dataset = data.Unlabelled(chunk, model.kind)
+            store = data.tokenise(dataset, model.tokenizer, ctx, dataset.splits["test"].items())
+            split = dataset.splits["test"]
+            batches = data.Batches(store, model.tokenizer, ctx, split.items()[:, None], batch)
+            with torch.no_grad():
+                outputs = model.outputs(data.progress(batches, desc=name, leave=False, unit=" batches",
+                                                      unit_scale=False), split)
+            for example, result in zip(chunk, model.results(outputs, split), strict=True):
+                try:
+                    json.dumps(result, allow_nan=False)
+                except ValueError:
+                    raise Problem(f"{ckpt}: {NOT_NUMBERS}", 1) from None
+                kept = {key: value for key, value in example.record.items() if key not in hidden}
+                click.echo(json.dumps(kept | result))
 
 
-# ---- speed and memory -------------------------------------------------------------------------------
-
-def numbers(_ctx, _parameter, value: str) -> list[int]:
-    """The lengths of a list with commas; raises `click.BadParameter`."""
-    if not all(part.strip().isdecimal() and 0 < int(part) < 2**24 for part in value.split(",")):
-        raise click.BadParameter(f"{value} is no list of lengths such as 512,1024,2048")
-    return [int(part) for part in value.split(",")]
+def comma_list(parse: Callable[[str], object]) -> Callable:
+    """A callback of click for values with commas between them, each once; raises `click.BadParameter`."""
+    return lambda _ctx, _parameter, value: list(dict.fromkeys(parse(part.strip()) for part in value.split(",")))
 
 
-def models(_ctx, _parameter, value: str) -> list[str]:
-    """The models of a list with commas, each once; raises `click.BadParameter`."""
-    names = [name.strip() for name in value.split(",")]
-    for name in names:
-        if name not in MODELS:
-            raise click.BadParameter(f"{name!r} is none of {', '.join(MODELS)}")
-    return list(dict.fromkeys(names))
+def parse_length(part: str) -> int:
+    if not part.isdecimal() or not 0 < int(part) < 2**24:
+        raise click.BadParameter(f"{part!r} is no length: give a list such as 512,1024,2048")
+    return int(part)
 
 
-def median_seconds(run: Callable[[], object], device: torch.device, repeats: int, settle: float = 0.5) -> float:
-    """Of one run, after warming up for `settle` seconds and at least three runs: a GPU under load slows down."""
-    begun, runs, times = time.monotonic(), 0, []
-    while runs < 3 or time.monotonic() - begun < settle:
-        run()
-        runs += 1
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-    for _ in range(repeats):
-        if device.type == "cuda":
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            run()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end) / 1000)
-        else:
-            begun = time.perf_counter()
-            run()
-            times.append(time.perf_counter() - begun)
-    return float(np.median(times))
-
-
-def product_rate(device: torch.device, repeats: int) -> float:
-    """FLOP/s of one large matrix product of random numbers, in the precision that the models use."""
-    size, dtype = (8192, torch.bfloat16) if tasks.bf16(device) else (2048, torch.float32)
-    a, b = torch.randn(2, size, size, device=device).to(dtype)
-    return 2 * size ** 3 / median_seconds(lambda: a @ b, device, repeats)
-
-
-def memory_in_use(device: torch.device) -> int | None:
-    """Bytes now, from which on `peak_memory` begins anew; None where the system does not tell."""
-    gc.collect()  # a compiled model refers to itself
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device)
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # what earlier rows have freed
-        Path("/proc/self/clear_refs").write_text("5")
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    except (OSError, AttributeError):
-        return None
-
-
-def bench_one(model: str, form: str, size: str, length: int, batch: int, train: bool, device: torch.device,
-              compiled: bool | None, repeats: int) -> dict:
-    """What `bench` measures of one model at one length, on full batches of random tokens.
-
-    samples_per_second, tokens_per_second; the median seconds of a run; memory in bytes beyond the weights, or None;
-    projections in FLOP/s; first_seconds of the first run; whether it was compiled. Raises what torch does where memory
-    is short.
-    """
-    vocab = 4096 if size == "tiny" else 32100
-    encoder = Encoder(vocab, **SIZES[size], model=model, ctx=length)
-    encoder.fft = form == "fft"
-    for layer in encoder.layers if form == "plain" else ():
-        layer.plain = True
-    task = MLM(encoder, None).to(device)
-    if not train:
-        tasks.narrow(task).eval()
-    compiled = tasks.compile_parts(task, compiled)
-    before = memory_in_use(device)
-    ids = torch.randint(vocab, (batch, length), device=device)
-    if train:
-        count = max(1, round(0.15 * batch * length))
-        stepper = tasks.Stepper(task, tasks.adamw(task, 1e-5), graphs=compiled)
-        where = torch.randperm(batch * length, device=device)[:count]
-        run = partial(stepper.take, [dict(ids=ids, targets=ids.long(), where=where)], count)
-    else:
-        run = partial(tasks.inference(task, encoder), {"ids": ids})
-
-    begun = time.monotonic()
-    float(run().sum())  # waits for a GPU
-    first = time.monotonic() - begun
-    memory_in_use(device)  # the compiler's own does not count
-    seconds = median_seconds(run, device, repeats)
-    calls = [given[-1] for given in encoder.given(ids[..., None]) if isinstance(given, tuple)] if encoder.shared else []
-    linear = (m for part in (encoder.layers, *calls) for m in part.modules() if isinstance(m, nn.Linear))
-    FLOP = 2 * sum(m.weight.numel() for m in linear) * (3 if train else 1)
-    return dict(samples_per_second=batch / seconds, tokens_per_second=batch * length / seconds, seconds=seconds,
-                memory=None if before is None else max(0, peak_memory(device) - before),
-                projections=FLOP * batch * length / seconds, first_seconds=first, compiled=compiled)
+def parse_model(part: str) -> str:
+    if part not in MODELS:
+        raise click.BadParameter(f"{part!r} is none of {', '.join(MODELS)}")
+    return part
 
 
 @cli.command(epilog="Example: codessm bench --models codessm,rocoder --lengths 512,2048,8192 --train")
-@click.option("--lengths", default="512,1024,2048", show_default=True, callback=numbers, help="Tokens a sample.")
-@click.option("--models", "names", default="codessm,rocoder", show_default=True, callback=models,
+@click.option("--lengths", default="512,1024,2048", show_default=True, callback=comma_list(parse_length),
+              help="Tokens a sample.")
+@click.option("--models", default="codessm,rocoder", show_default=True, callback=comma_list(parse_model),
               help=f"Any of {', '.join(MODELS)}; ratios are to the first.")
 @click.option("--train", is_flag=True, help="Measure a training step (masked language modelling, AdamW) instead.")
 @click.option("--batch-tokens", type=click.IntRange(1, 2**31), metavar="N",
               help="Tokens a batch.  [default: 65536, in training 32768; not on a GPU 2048]")
 @click.option("--attention", default="fused", show_default=True, type=click.Choice(["fused", "plain", "both"]),
               help="bertcoder's and rocoder's: PyTorch's fused kernels, or with the L x L matrices in memory.")
-@click.option("--convolution", default="matrix", show_default=True, type=click.Choice(["matrix", "fft", "both"]),
-              help="Of models with S4D kernels: by matrix products, or by FFT.")
 @click.option("--repeats", type=click.IntRange(1), help="Medians are of so many.  [default: 10, not on a GPU 3]")
-@options("--size --device --compile/--no-compile --json", size=dict(default="base"),
+@options("--kernels --size --device --compile/--no-compile --json", size=dict(default="base"),
+         kernels="S4D kernels a direction, of the models that have them.  [default: the model's]",
          compile="Compile the layers.  [default: on a GPU]")
-def bench(lengths, names, train, batch_tokens, attention, convolution, repeats, size, device, compiled, as_json):
+def bench(lengths, models, train, batch_tokens, attention, repeats, kernels, size, device, compiled, as_json):
     """Measure speed and memory of the models on this machine.
 
     A batch is full, without padding; in inference kernels are made once a length and weights rounded once, as they are
@@ -1683,19 +1252,24 @@ def bench(lengths, names, train, batch_tokens, attention, convolution, repeats, 
     projections in the rate of one large matrix product, the first run is the one that compiles, or finds what was
     compiled before.
     """
-    attend = [name for name in names if MODELS[name].layer is TransformerLayer]
-    convolving = [name for name in names if MODELS[name].kernels]
-    if attention != "fused" and not attend or convolution != "matrix" and not convolving:
-        raise click.UsageError("--attention is bertcoder's and rocoder's, --convolution that of models with S4D "
-                               "kernels: name such a model in --models")
+    attending = [name for name in models if MODELS[name].layer is TransformerLayer]
+    if attention != "fused" and not attending:
+        raise click.UsageError("--attention is bertcoder's and rocoder's: name one of them in --models")
+    d = SIZES[size]["d"]
+    try:
+        counts = {name: count_kernels(name, d, kernels if MODELS[name].k else None) for name in models}
+    except ValueError as error:
+        raise click.UsageError(f"--kernels: {error}") from None
+    if kernels and not any(counts.values()):
+        raise click.UsageError("--kernels is of models with S4D kernels: name one of them in --models")
     device = choose_device(device)
     gpu = device.type == "cuda"
     batch_tokens, repeats = batch_tokens or (65_536 >> train if gpu else 2048), repeats or (10 if gpu else 3)
-    forms = {name: {"both": ["", form], form: [form]}.get(wanted, [""]) for form, wanted, able in
-             (("fft", convolution, convolving), ("plain", attention, attend)) for name in able}
-    cases = [(length, name, form) for length in lengths for name in names for form in forms.get(name, [""])]
+    forms = {"both": ["", "plain"], "fused": [""], "plain": ["plain"]}[attention]
+    cases = [(length, name, form) for length in lengths for name in models
+             for form in (forms if name in attending else [""])]
     hardware = torch.cuda.get_device_name(device) if gpu else f"{device}, {torch.get_num_threads()} threads"
-    rate, rows = product_rate(device, repeats), []
+    rate, rows = tasks.product_rate(device, repeats), []
     precision = "bfloat16" if tasks.bf16(device) else "float32"
     if not as_json:
         click.echo(f"{hardware}, torch {torch.__version__}, {size}, {'training' if train else 'inference'}, "
@@ -1707,9 +1281,13 @@ def bench(lengths, names, train, batch_tokens, attention, convolution, repeats, 
         batch = max(1, batch_tokens // length)
         row = dict(model=name, form=form, length=length, batch=batch)
         try:
-            row |= bench_one(name, form, size, length, batch, train, device, compiled, repeats)
+            encoder = Encoder(4096 if size == "tiny" else 32100, **SIZES[size], model=name, ctx=length,
+                              kernels=counts[name] or None)
+            for layer in encoder.layers if form else ():
+                layer.plain = True
+            row |= tasks.measure(encoder, length, batch, train, device, compiled, repeats)
         except (MemoryError, RuntimeError) as error:
-            if not out_of_memory(error):
+            if "out of memory" not in tasks.explain(error).message:
                 raise
             row["error"] = "out of memory"
         first = next((other for other in rows if other["length"] == length), row)
@@ -1722,7 +1300,7 @@ def bench(lengths, names, train, batch_tokens, attention, convolution, repeats, 
             with bar.external_write_mode():
                 click.echo(f"{f'{name} {form}':15} {length:7,} {batch:6,} " + (row["error"] if "error" in row else (
                     f"{row['samples_per_second']:10,.1f} {row['tokens_per_second']:10,.0f} "
-                    f"{'?' if memory is None else data.size(memory):>8} {row['share']:6.2f} "
+                    f"{'?' if memory is None else data.human_bytes(memory):>8} {row['share']:6.2f} "
                     f"{'' if ratio is None else format(ratio, '.2f'):>6} {row['first_seconds']:7.1f} s")))
     if as_json:
         click.echo(json.dumps(dict(device=hardware, torch=torch.__version__, size=size, train=train,

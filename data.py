@@ -1,17 +1,18 @@
-"""Corpora, the tokenizer and batches: everything between files on disk and arrays of token ids.
+"""Corpora, benchmarks, the tokenizer, the token store and batches: everything between files and arrays of token ids.
 
-    record   one JSON object, a line of a corpus: some code, often with a text that describes it
-    sample   what the model sees of a record in one epoch: <s> text </s> code </s>, at most ctx ids
-    pool     50 batches of consecutive samples of a shuffled epoch, sorted by length and cut into batches
-    draw     a number in [0, 1) that is a hash of (seed, epoch, record, position): no generator has a
-             state, so a resumed run, another rank and another batch size all see the same draws
+    record   one line of a corpus: some code, often with a text that describes it
+    item     what is tokenised once: a record of a corpus, a distinct text of a benchmark, a window of tagged words
+    sample   what a model reads of an item in one epoch, at most ctx ids: <s> code </s>, or <s> text </s> code </s>
+    example  one or two items, often with a label; batches are made of examples
+    draw     a number in [0, 1) that is a hash of (seed, epoch, item, position). No generator has a state, so a resumed
+             run, another rank and another batch size see the same draws.
 """
 import array
 import ast
 import atexit
 import bisect
+import bz2
 import csv
-import ctypes
 import glob
 import gzip
 import heapq
@@ -19,40 +20,41 @@ import html
 import io
 import itertools
 import json
+import lzma
 import math
 import os
 import re
 import shutil
-import signal
 import stat
+import symtable
 import sys
 import sysconfig
 import tempfile
-import textwrap
 import tokenize
 import warnings
+import zipfile
 import zlib
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import Callable, Iterable, Iterator, NamedTuple
+from typing import BinaryIO, Callable, Iterable, Iterator, NamedTuple
 
 import click
 import numpy as np
 import tokenizers
-import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 CODE_FIELDS = ("code", "content", "func_code_string", "whole_func_string", "func", "function", "src",
                "original_string")
 TEXT_FIELDS = ("docstring", "func_documentation_string", "nl", "doc", "query", "text")
+SPLITS = ("train", "valid", "test")
+HELD_OUT = 1024  # records of a corpus that an evaluation during pretraining reads at most
 MAX_LINE = 16_000_000  # bytes, unless --max-line says otherwise
-MAX_TEXT = 1_000_000_000  # bytes of a file that is read as a whole
-UNPACKED = 100  # times its size is what a gzip file may hold
+MAX_FILE = 1_000_000_000  # bytes of a file that is read as a whole
+MAX_RATIO = 100  # times its size is what a compressed file may hold
 STANDARD_LIBRARY = sysconfig.get_paths()["stdlib"]
 STARCODER = re.compile(r"\A(?:<(?:reponame|filename|gh_stars)>[^<\n]*)+\n?")
 
@@ -60,37 +62,65 @@ STARCODER = re.compile(r"\A(?:<(?:reponame|filename|gh_stars)>[^<\n]*)+\n?")
 # ---- errors, progress, files ------------------------------------------------------------------------
 
 class Problem(click.ClickException):
-    """What ends a command with one sentence and an exit code.
+    """What ends a command with one sentence and an exit code; control characters in it are printed escaped.
 
-    2 is wrong usage or input, 1 a failure, 130 and 143 an interruption. It is said once; of an interruption every
-    rank knows, and rank 0 alone says it.
+    2 is wrong usage or input, 1 a failure, 129, 130 and 143 an interruption, of which rank 0 alone speaks.
     """
-    said = False
 
     def __init__(self, message: str, exit_code: int = 2):
-        super().__init__(message)
+        super().__init__(printable(message))
         self.exit_code = exit_code
 
     def show(self, file=None):
-        if not self.said and (rank() == 0 or self.exit_code < 128):
+        if rank() == 0 or self.exit_code < 128:
             tqdm.write(self.message if self.exit_code > 128 else f"Error: {self.message}", file=sys.stderr)
-        self.said = True
 
 
-def say(message: str) -> None:
-    """One line for the person at the terminal, on standard error, clear of any progress bar."""
+def printable(message: str) -> str:
+    """The message with control characters escaped, as what it quotes from data may hold some."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda control: repr(control[0])[1:-1], message)
+
+
+class BadLine(ValueError):
+    """What is wrong with one line of a file."""
+
+
+class QuietStream:
+    """Standard error that cannot end a run: once it fails (closed, full, no reader), nothing more is written to it."""
+
+    def __init__(self, stream: io.TextIOBase | None):
+        self.stream = stream or open(os.devnull, "w")
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, string: str) -> int:
+        return self._try(self.stream.write, string)
+
+    def flush(self) -> None:
+        self._try(self.stream.flush)
+
+    def _try(self, function: Callable, *args) -> int | None:
+        try:
+            return function(*args)
+        except (OSError, ValueError):
+            self.stream = open(os.devnull, "w")
+
+
+def info(message: str) -> None:
+    """One line of rank 0 for people, on standard error, clear of any progress bar."""
     if rank() == 0:
-        tqdm.write(message, file=sys.stderr)
+        tqdm.write(printable(message), file=sys.stderr)
 
 
 def progress(iterable: Iterable | None = None, **options) -> tqdm:
-    """A bar on standard error, once the work has taken two seconds; rarely redrawn when that is a file."""
+    """A bar on standard error once the work has taken two seconds; rarely redrawn when that is a file."""
     options = dict(delay=2, mininterval=0.5 if sys.stderr.isatty() else 20, dynamic_ncols=True,
                    unit_scale=True, file=sys.stderr, disable=rank() > 0) | options
     return tqdm(iterable, **options)
 
 
-def size(count: float) -> str:
+def human_bytes(count: float) -> str:
     """A number of bytes for people: 1.2 GB."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if count < 1000:
@@ -101,17 +131,17 @@ def size(count: float) -> str:
     return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
 
 
-def listed(names: Iterable[str], most: int = 3) -> str:
+def listed(names: Iterable[object], most: int = 3) -> str:
     """At most so many of the names, for a sentence."""
-    names = list(names)
+    names = list(map(str, names))
     return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
 @contextmanager
-def atomic(path: str | os.PathLike) -> Iterator[io.BufferedWriter]:
-    """A binary file that replaces `path` as a whole when the block ends, and leaves it alone if it fails.
+def atomic(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """A binary file that replaces `path` as a whole when the block ends, and leaves it alone if the block fails.
 
-    The bytes go to `path`.tmp, are flushed to the disk, and the file is renamed.
+    The bytes go to `path`.tmp, which is flushed to the disk and then renamed.
     """
     path = os.path.realpath(path)
     temporary = f"{path}.tmp"
@@ -147,285 +177,280 @@ def check_writable(path: str | os.PathLike, option: str = "-o") -> None:
         raise Problem(f"cannot write {path}: {error.strerror}") from None
 
 
-# ---- many processes ---------------------------------------------------------------------------------
+def read_text(path: str | os.PathLike) -> str:
+    """The text of a file in UTF-8, of at most a gigabyte; raises `Problem`."""
+    try:
+        if os.path.getsize(path) > MAX_FILE:
+            raise Problem(f"{path}: over {human_bytes(MAX_FILE)}")
+        return Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise Problem(f"{path}: {getattr(error, 'strerror', None) or 'not text in UTF-8'}") from None
+
 
 def rank() -> int:
     """The number of this process, over all hosts, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world() -> int:
+def world_size() -> int:
     """The number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def gather(value) -> list:
-    """The values that the ranks bring, on every rank."""
-    values = [value] * world()
-    if world() > 1:
+def all_gather(value) -> list:
+    """The values of all ranks, on every rank."""
+    values = [value] * world_size()
+    if world_size() > 1:
         dist.all_gather_object(values, value)
     return values
 
 
-def share_problem(problem: Problem | None) -> None:
-    """Raise, on every rank, the first `Problem` that a rank brings, when rank 0 has said it."""
-    for found in gather(problem):
-        if found is not None:
-            if world() > 1:
-                if rank() == 0:
-                    found.show()
-                found.said = True
-                gather(None)  # or torchrun might end rank 0 first, as another has failed
-            raise found from None
-
-
-@contextmanager
-def together() -> Iterator[None]:
-    """What ends this block with a `Problem` on one rank ends it so on all of them, which wait for each other."""
-    problem = None
-    try:
-        yield
-    except Problem as error:
-        problem = error
-    share_problem(problem)
-
-
-def lead(function: Callable):
-    """What `function` returns, or the `Problem` that it raises, on rank 0: on every rank."""
-    value = None
-    with together():
-        if rank() == 0:
-            value = function()
-    return broadcast(value)
-
-
 def broadcast(value):
-    """Rank 0's value on every rank; the tensors in its dicts and lists go one by one, to each rank's CPU."""
-    if world() == 1:
-        return value
-    tensors: list[torch.Tensor] = []
-
-    def each(change: Callable, value):
-        if isinstance(value, torch.Tensor):
-            return change(value)
-        if isinstance(value, dict):
-            return {key: each(change, part) for key, part in value.items()}
-        return type(value)(each(change, part) for part in value) if type(value) in (list, tuple) else value
-
-    def send(tensor: torch.Tensor) -> torch.Tensor:
-        tensors.append(tensor.cpu().contiguous())
-        return torch.empty_like(tensors[-1], device="meta")
-
-    def receive(shape: torch.Tensor) -> torch.Tensor:
-        tensor = tensors.pop(0) if rank() == 0 else torch.empty_like(shape, device="cpu")
-        dist.broadcast(tensor, 0)
-        return tensor
-
-    box = [each(send, value)]
-    dist.broadcast_object_list(box)
-    return each(receive, box[0])
-
-
-def on_host(function: Callable):
-    """What `function` returns, or the `Problem` that it raises, on one rank of each host: on every rank of that host.
-
-    For what goes into temporary files, which a host's ranks share.
-    """
-    value, host = None, os.environ.get("GROUP_RANK")
-    first = world() == 1 or os.environ.get("LOCAL_RANK", "0") == "0"
-    with together():
-        if first:
-            value = function()
-    return next(value for first, at, value in gather((first, host, value)) if first and at == host)
+    """The value of rank 0, on every rank."""
+    box = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
 
 
 # ---- corpora ----------------------------------------------------------------------------------------
 
+COMPRESSED = {b"\x1f\x8b": gzip, b"BZh": bz2, b"\xfd7zXZ": lzma}  # by their first bytes
+ZSTD = b"\x28\xb5\x2f\xfd"
+JSON_LINES = re.compile(r".+\.(jsonl|jsonlines|json)(\.gz|\.bz2|\.xz|\.zst)?|.+\.zip", re.IGNORECASE)
+METRICS_LOG = b'{"step": '  # how the log begins that a run writes beside its checkpoint
+
+
 class Source(NamedTuple):
-    name: str    # as the user knows it
-    path: str    # of a plain, seekable JSONL file
-    mark: str    # changes when the content does
-    longest: int = MAX_LINE  # bytes of a line
+    """A file of lines: plain, compressed by gzip, bzip2 or xz, or one member of a zip archive."""
+    name: str  # as the user knows it
+    path: str
+    mark: str  # changes when the content does
+    member: str = ""
+
+    @contextmanager
+    def open(self) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+        """(the stream of the content, the file itself, whose position tells how much was read); raises `Problem`."""
+        try:
+            with open(self.path, "rb") as file:
+                stream = zipfile.ZipFile(file).open(self.member) if self.member else file
+                start = stream.peek(6)[:6]
+                if start.startswith(ZSTD):
+                    raise Problem(f"{self.name} is compressed by zstd, which is not read here: `zstd -d` unpacks it")
+                for magic, library in COMPRESSED.items():
+                    if start.startswith(magic):
+                        stream = library.open(stream, "rb")
+                yield stream, file
+        except (OSError, EOFError, KeyError, RuntimeError, zlib.error, lzma.LZMAError, zipfile.BadZipFile) as error:
+            raise Problem(f"{self.name}: {getattr(error, 'strerror', None) or f'not a whole file ({error})'}") from None
+
+    def lines(self, longest: int = MAX_LINE) -> Iterator[tuple[int, "bytes | BadLine", int]]:
+        """(line number from 1, line, position in the file) of each line that is not blank; raises `Problem`.
+
+        For a line of more than `longest` bytes comes a `BadLine`. A compressed file that unpacks to more than
+        `MAX_RATIO` times its size, and one that changes while it is read, are refused.
+        """
+        count = 0
+
+        def read_part() -> bytes:
+            """A line, or so much of it that it is known to be too long."""
+            nonlocal count
+            part = stream.readline(longest + 1)
+            count, position = count + len(part), file.tell()
+            if count > longest + MAX_RATIO * position:
+                raise Problem(f"{self.name}: its first {human_bytes(position)} unpack to {human_bytes(count)}, more "
+                              f"than {MAX_RATIO} times as much: unpack it yourself if it is what it should be")
+            return part
+
+        with self.open() as (stream, file):
+            self.check_unchanged(file)
+            for number in itertools.count(1):
+                line = rest = read_part()
+                while len(rest) > longest and not rest.endswith(b"\n"):
+                    rest = read_part()
+                if not line:
+                    break
+                if len(line.rstrip(b"\n")) > longest:
+                    line = BadLine(f"a line of more than {human_bytes(longest)} (--max-line takes longer ones)")
+                elif line.isspace():
+                    continue
+                yield number, line, file.tell()
+            self.check_unchanged(file)
+
+    def check_unchanged(self, file: BinaryIO) -> None:
+        """Raise a `Problem` where the open file is not as it was when it was found."""
+        if os.path.dirname(self.path) != temporary_folder() and self.mark != mark_of(file):
+            raise Problem(f"{self.name} changed while it was being read", 1)
 
 
-class BadLine(ValueError):
-    """What is wrong with one line of a corpus."""
+def mark_of(file: BinaryIO) -> str:
+    """What changes when the content of an open file does."""
+    status = os.fstat(file.fileno())
+    return f"{status.st_size} bytes, {status.st_mtime_ns}"
 
 
-def spool_folder() -> str:
-    """A folder of this process for decompressed and piped corpora, removed when it exits."""
-    if not hasattr(spool_folder, "path"):
-        spool_folder.path = tempfile.mkdtemp(prefix="codessm-")
-        atexit.register(shutil.rmtree, spool_folder.path, ignore_errors=True)
-    return spool_folder.path
+def temporary_folder() -> str:
+    """A folder of this process, removed when it exits."""
+    if not hasattr(temporary_folder, "path"):
+        temporary_folder.path = tempfile.mkdtemp(prefix="codessm-")
+        atexit.register(shutil.rmtree, temporary_folder.path, ignore_errors=True)
+    return temporary_folder.path
 
 
-def spool_path() -> str:
-    """A new empty file in it."""
-    path = os.path.join(spool_folder(), f"{len(os.listdir(spool_folder()))}.jsonl")
-    Path(path).touch()
-    return path
+def spool(name: str, stream: BinaryIO) -> Source:
+    """A temporary copy of what can be read only once; raises `Problem`."""
+    handle, path = tempfile.mkstemp(dir=temporary_folder())
+    try:
+        with open(handle, "wb") as out, progress(desc=f"reading {name}", unit="B") as bar:
+            while block := stream.read(1 << 20):
+                out.write(block)
+                bar.update(len(block))
+    except OSError as error:
+        raise Problem(f"no room to keep {name} in {os.path.dirname(path)}: {error.strerror}; make some, or let TMPDIR "
+                      "name another folder", 1) from None
+    return Source(name, path, "-")
 
 
-class Counted:
-    """A binary stream that knows how much was read of it."""
+def open_source(name: str) -> Source:
+    """The `Source` of one file, of a pipe or of - for standard input; raises `Problem`."""
+    if name == "-":
+        return spool("standard input", sys.stdin.buffer)
+    try:
+        with open(name, "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                return spool(name, file)
+            return Source(name, name, mark_of(file))
+    except OSError as error:
+        raise Problem(f"{name}: {error.strerror}") from None
 
-    def __init__(self, stream: io.BufferedIOBase):
-        self.stream, self.count = stream, 0
 
-    def read(self, size: int = -1) -> bytes:
-        block = self.stream.read(size)
-        self.count += len(block)
-        return block
+def find_sources(paths: Iterable[str]) -> list[Source]:
+    """The corpus files behind files, folders, globs and -, in order, each once; raises `Problem`.
 
-
-def spool(name: str, stream: io.IOBase, longest: int = MAX_LINE) -> str:
-    """Copy a binary stream, decompressed if it is gzip, to a temporary file; returns its path.
-
-    Raises `Problem`, also at what unpacks to more than a line and 100 times its own size.
+    A folder gives its files of JSON lines (by the ending, see `JSON_LINES`), its subfolders' too. Links are followed
+    once; hidden files, `__MACOSX`, empty files and metrics logs are passed over. A zip archive gives its members.
     """
-    path, written = spool_path(), 0
-    raw = io.BufferedReader(stream) if not hasattr(stream, "peek") else stream
-    compressed, raw = raw.peek(2)[:2] == b"\x1f\x8b", Counted(raw)
-    plain = gzip.GzipFile(fileobj=raw) if compressed else raw
-    with progress(desc=f"reading {name}", unit="B") as bar:
-        while True:
-            try:
-                block = plain.read(1 << 20)
-            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-                raise Problem(f"{name}: not a whole gzip file ({error})") from None
-            if not block:
-                break
-            written += len(block)
-            if written > max(longest, UNPACKED * raw.count) and compressed:
-                raise Problem(f"{name}: its first {size(raw.count)} unpack to {size(written)}, more than {UNPACKED} "
-                              "times as much, which no code does: unpack it yourself if it is what it should be")
-            try:
-                with open(path, "ab") as out:
-                    out.write(block)
-            except OSError as error:
-                raise Problem(f"no room to unpack {name} in {os.path.dirname(path)}: {error.strerror}; make some, or "
-                              "let TMPDIR name another folder", 1) from None
-            bar.update(len(block))
-    say(f"{name}: {size(os.path.getsize(path))} {'decompressed' if compressed else 'read'} into "
-        f"{os.path.dirname(path)}, removed at exit")
-    return path
+    names: dict[str, str] = {}
+    for path in map(str, paths):
+        if os.path.isdir(path):
+            found = [name for name in walk(path) if JSON_LINES.fullmatch(os.path.basename(name)) and not is_log(name)]
+            if not found:
+                raise Problem(f"{path}: no file of JSON lines (.jsonl, .jsonlines, .json, also .gz, .bz2, .xz, .zip) in "
+                              f"this folder; `codessm corpus {path} -o corpus.jsonl` makes one of source files")
+        elif path == "-" or os.path.exists(path):
+            found = [path]
+        else:
+            found = sorted(p for p in glob.glob(path, recursive=True) if not is_log(p) and "__MACOSX" not in Path(p).parts)
+            if not found:
+                raise Problem(f"{path}: no such file")
+        for name in found:
+            names.setdefault(name if name == "-" else os.path.realpath(name), name)
+    return [member for name in names.values() for member in members(open_source(name))]
 
 
-LOG_START = b'{"step": '  # of the metrics log that a run writes beside its checkpoint
+def members(source: Source) -> list[Source]:
+    """The source itself, or the files of JSON lines in it if it is a zip archive; raises `Problem`."""
+    if not zipfile.is_zipfile(source.path):
+        return [source]
+    with source.open() as (_, file):
+        names = [name for name in zipfile.ZipFile(file).namelist() if JSON_LINES.fullmatch(name) and visible(name)]
+    if not names:
+        raise Problem(f"{source.name}: no file of JSON lines in this archive")
+    return [source._replace(name=f"{source.name}/{name}", member=name) for name in names]
+
+
+def visible(path: str) -> bool:
+    """Whether no part of a path is hidden or __MACOSX, where macOS keeps attributes of the files of an archive."""
+    return not any(part.startswith(".") and part not in (".", "..") or part == "__MACOSX" for part in Path(path).parts)
+
+
+def walk(root: str, skipped: Callable[[str, str], bool] = lambda folder, name: False) -> Iterator[str]:
+    """The visible files below a folder, sorted in each folder; links are followed, but no folder is entered twice.
+
+    `skipped(folder, name)` says which folders to leave out.
+    """
+    seen = set()
+    for folder, folders, files in os.walk(root, followlinks=True):
+        place = os.path.realpath(folder)
+        folders[:] = [] if place in seen else sorted(f for f in folders if visible(f) and not skipped(folder, f))
+        if place not in seen:
+            seen.add(place)
+            yield from (os.path.join(folder, file) for file in sorted(files) if visible(file))
 
 
 def starts_with(path: str, start: bytes) -> bool:
-    """Whether a file is empty or starts so."""
+    """Whether a plain file is empty or starts so."""
     with open(path, "rb") as file:
         return file.read(len(start)) in (b"", start)
 
 
 def is_log(path: str) -> bool:
-    """Whether a file is empty or a metrics log: one that lies beside a corpus is no part of it."""
-    return starts_with(path, LOG_START)
-
-
-def find_sources(paths: Iterable[str], longest: int = MAX_LINE) -> list[Source]:
-    """The corpus files behind files, folders, globs, `.gz` files and `-`, in order, each once.
-
-    A folder gives its `*.jsonl` and `*.jsonl.gz`, its subfolders' too, sorted; empty files and metrics logs
-    in it are passed over. What is no plain file (gzip, a pipe) is spooled to a temporary one. Raises `Problem`.
-    """
-    names: dict[str, str] = {}
-    for path in map(str, paths):
-        if os.path.isdir(path):
-            found = sorted(str(p) for ending in ("*.jsonl", "*.jsonl.gz") for p in Path(path).rglob(ending)
-                           if p.is_file() and not is_log(p))
-            if not found:
-                raise Problem(f"{path}: no .jsonl or .jsonl.gz file in this folder; "
-                              f"`codessm corpus {path} -o corpus.jsonl` makes one of source files")
-        elif path == "-" or os.path.exists(path):
-            found = [path]
-        else:
-            found = sorted(p for p in glob.glob(path, recursive=True) if os.path.isfile(p) and not is_log(p))
-            if not found:
-                raise Problem(f"{path}: no such file")
-        for name in found:
-            names.setdefault(name if name == "-" else os.path.realpath(name), name)
-    return [open_source(name, longest) for name in names.values()]
-
-
-def open_source(name: str, longest: int = MAX_LINE) -> Source:
-    """The `Source` of one file or of standard input."""
-    if name == "-":
-        return Source("standard input", spool("standard input", sys.stdin.buffer, longest), "-", longest)
-    try:
-        with open(name, "rb") as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                return Source(name, spool(name, file, longest), "-", longest)
-            mark = f"{status.st_size} bytes, {status.st_mtime_ns}"
-            if file.peek(2)[:2] == b"\x1f\x8b":
-                return Source(name, spool(name, file, longest), mark, longest)
-            return Source(name, name, mark, longest)
-    except OSError as error:
-        raise Problem(f"{name}: {error.strerror}") from None
+    """Whether it is no file, empty, or a metrics log: one that lies beside a corpus is no part of it."""
+    return not os.path.isfile(path) or starts_with(path, METRICS_LOG)
 
 
 def standard_library() -> Source:
     """The running interpreter's own standard library as a corpus: the default one."""
-    path = os.path.join(spool_folder(), "standard-library.jsonl")
+    path = os.path.join(temporary_folder(), "standard-library.jsonl")
     with open(path, "wb") as out:
         build_corpus([STANDARD_LIBRARY], out)
-    mark = f"{os.path.getsize(path)} bytes, {zlib.crc32(Path(path).read_bytes())}"
-    return Source(f"standard library of Python {sys.version.split()[0]}", path, mark)
+    return Source(f"standard library of Python {sys.version.split()[0]}", path,
+                  f"{os.path.getsize(path)} bytes, {zlib.crc32(Path(path).read_bytes())}")
 
 
-def first_field(record: dict, names: Iterable[str]) -> str | None:
-    """The first of the named fields that the record has and that is not null."""
-    for name in names:
-        value = record.get(name)
-        if value is not None:
-            if not isinstance(value, str):
-                raise BadLine(f'the field "{name}" is {JSON_KIND.get(type(value), "a number")}, not a string')
-            return well_formed(value)
-    return None
+class Records:
+    """The lines of some files, parsed. Each iteration reads the files again, one line in memory at a time.
 
+    Args:
+        sources: from `find_sources`.
+        parse: bytes of a line -> anything, None to pass over it; raises `BadLine`.
+        limit: only the first so many records of each file.
+        skip_bad: count bad lines and pass over them, where otherwise the first raises a `Problem`.
+        longest: bytes of a line at most.
+    Iterating gives (number of the source, what `parse` made of the line). A caller may `reject` the record that it has
+    just been given. `bad` counts the lines passed over.
+    """
 
-def missing(record: dict, names: Iterable[str], advice: str = "") -> BadLine:
-    """The error of a record without the field that it needs, one of `names`."""
-    names = list(names)
-    for name in names:
-        if name in record:
-            return BadLine(f'the field "{name}" is null')
-    wanted = "no code field" if names == list(CODE_FIELDS) else "no field " + " or ".join(f'"{n}"' for n in names)
-    seen = ", ".join(map(str, list(record)[:12])) or "none"
-    return BadLine(f"{wanted}; the fields seen are: {seen}" + (f" ({advice})" if advice else ""))
+    def __init__(self, sources: list[Source], parse: Callable[[bytes], object], limit: int | None = None,
+                 skip_bad: bool = False, longest: int = MAX_LINE):
+        self.sources, self.parse, self.limit, self.skip_bad, self.longest = sources, parse, limit, skip_bad, longest
+        self.bad, self.line_number, self.source = 0, 0, None
 
+    def __iter__(self) -> Iterator[tuple[int, object]]:
+        self.bad = 0
+        total = sum(os.path.getsize(path) for path in {source.path for source in self.sources})
+        with progress(total=total, desc="reading records", unit="B") as bar:
+            for place, self.source in enumerate(self.sources):
+                read, done = 0, bar.n
+                for self.line_number, line, position in self.source.lines(self.longest):
+                    if read == self.limit:
+                        break
+                    try:
+                        if isinstance(line, BadLine):
+                            raise line
+                        parsed = self.parse(line)
+                    except BadLine as error:
+                        self.reject(error)
+                        continue
+                    bar.update(done + position - bar.n)
+                    if parsed is not None:
+                        read += 1
+                        yield place, parsed
 
-def well_formed(string: str) -> str:
-    """The string with lone surrogates replaced, which JSON and Python can spell and UTF-8 cannot."""
-    return string if string.isascii() else string.encode("utf-8", "replace").decode()
+    def reject(self, error: BadLine) -> None:
+        """Count the current line as bad, or raise a `Problem` that names it."""
+        self.last_bad = f"{self.source.name}:{self.line_number}: {error}"
+        if not self.skip_bad:
+            raise Problem(self.last_bad)
+        self.bad += 1
+
+    def none_found(self) -> Problem:
+        """The error of files without any record."""
+        return Problem(f"{listed(source.name for source in self.sources)}: no records"
+                       + (f"; the last of {self.bad} bad lines is {self.last_bad}" if self.bad else ": it is empty"))
 
 
 JSON_KIND = {list: "an array", dict: "an object", str: "a string", bool: "a truth value", type(None): "null"}
-
-
-def once(text: str, code: str) -> tuple[str, str]:
-    """(text, code) without the text in both: CodeSearchNet's Python code still holds its docstring.
-
-    A docstring on lines of its own is cut out of the code; a text found elsewhere in it stays there alone.
-    """
-    text = text.strip()
-    at = code.find(text)
-    if not text or at < 0:
-        return text, code
-    before, after = code[:at].rstrip(), code[at + len(text):].lstrip()
-    for quote in ('"""', "'''", '"', "'"):
-        if before.endswith(quote) and after.startswith(quote):
-            before, after = before[:-len(quote)], after[len(quote):]
-            start, end = before.rfind("\n") + 1, (after + "\n").find("\n")
-            # a string that is a statement: nothing else is on its lines
-            if before[start:].strip().lower() in ("", "r", "u") and not after[:end].strip():
-                return text, before[:start] + after[end + 1:]
-            break
-    return "", code
 
 
 def parse_json(line: bytes) -> dict:
@@ -443,164 +468,316 @@ def parse_json(line: bytes) -> dict:
     return record
 
 
-class Records:
-    """JSONL files as a sequence of what `parse` makes of a line; in memory are 8 bytes a line, never the lines.
+def well_formed(string: str) -> str:
+    """The string with lone surrogates replaced, which JSON and Python can spell and UTF-8 cannot."""
+    return string if string.isascii() else string.encode("utf-8", "replace").decode()
 
-    Args:
-        sources: from `find_sources`.
-        parse: bytes of a line -> anything; raises `BadLine`.
-        limit: only the first so many records of each file.
-        skip_bad: count bad lines and pass over them, where otherwise the first is a `Problem`.
-        note: called with the number of the source, each line and what was made of it; may raise `BadLine` too.
-    After the one pass over the files, `records[i]` reads record i; `bytes` is the size of all, `bad` the number of
-    lines passed over. Raises `Problem`.
+
+def as_string(value: object) -> str:
+    """a string"""
+    if not isinstance(value, str):
+        raise TypeError
+    return well_formed(value)
+
+
+def as_words(value: object) -> list[str]:
+    """a list of strings"""
+    if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
+        raise TypeError
+    return list(map(well_formed, value))
+
+
+def as_list(value: object) -> list:
+    """a list"""
+    if not isinstance(value, list):
+        raise TypeError
+    return value
+
+
+def as_text(value: object) -> str:
+    """a string or a list of strings"""
+    return " ".join(as_words(value)) if isinstance(value, list) else as_string(value)
+
+
+def as_label(value: object) -> str:
+    """a name or a whole number"""
+    if isinstance(value, (bool, float)) and value == value // 1:
+        value = int(value)
+    if not isinstance(value, (str, int)):
+        raise TypeError
+    return well_formed(str(value))
+
+
+def field(record: dict, names: Iterable[str], kind: Callable[[object], object] = as_string, required: bool = True):
+    """The first of the named fields that is there and not null, as a `kind`; else None. Raises `BadLine`.
+
+    A `kind` converts a value or raises TypeError; its docstring is what it wants.
     """
-
-    def __init__(self, sources: list[Source], parse: Callable, limit: int | None = None, skip_bad: bool = False,
-                 note: Callable = lambda source, line, parsed: None):
-        self.sources, self.parse, self.bad, self.bytes = sources, parse, 0, 0
-        self.stamps = [self.stamp(os.stat(source.path)) for source in sources]
-        offsets, first = array.array("Q"), []
-        with progress(total=sum(os.path.getsize(source.path) for source in sources), desc="reading records",
-                      unit="B") as bar:
-            for place, source in enumerate(sources):
-                first.append(len(offsets))
-                for number, offset, line in lines(source.path, source.longest):
-                    if limit is not None and len(offsets) - first[-1] == limit:
-                        break
-                    bar.update(len(line))
-                    try:
-                        check_length(line, source.longest)
-                        note(place, line, parse(line))
-                    except BadLine as error:
-                        if not skip_bad:
-                            raise Problem(f"{source.name}:{number}: {error}") from None
-                        self.bad += 1
-                        worst = f"{source.name}:{number}: {error}"
-                        continue
-                    offsets.append(offset)
-                    self.bytes += len(line)
-        if not offsets:
-            raise Problem(f"{listed(source.name for source in sources)}: no records"
-                          + (f"; the last of {self.bad} bad lines is {worst}" if self.bad else ": it is empty"))
-        self.offsets, self.first = np.frombuffer(offsets, np.uint64), np.array(first)
-
-    def __len__(self) -> int:
-        return len(self.offsets)
-
-    @staticmethod
-    def stamp(status: os.stat_result) -> tuple[int, int]:
-        """What changes when a file does."""
-        return status.st_size, status.st_mtime_ns
-
-    def line(self, record: int) -> bytes:
-        """The raw line of a record; raises `Problem` if its file has changed."""
-        place = np.searchsorted(self.first, record, side="right") - 1
-        source = self.sources[place]
-        try:
-            with open(source.path, "rb") as file:
-                now = self.stamp(os.fstat(file.fileno()))
-                if now == self.stamps[place]:
-                    file.seek(int(self.offsets[record]))
-                    return file.readline(source.longest + 1)
-            what = "its time is another" if now[0] == self.stamps[place][0] else \
-                f"it had {self.stamps[place][0]:,} bytes and has {now[0]:,}"
-        except OSError as error:
-            what = error.strerror
-        raise Problem(f"{source.name} changed while it was being read: {what}", 1)
-
-    def __getitem__(self, record: int):
-        """What `parse` makes of a record, read from its file; raises `Problem` if that has changed."""
-        return self.parse(self.line(record))
+    names = list(names)
+    for name in names:
+        value = record.get(name)
+        if value is not None:
+            try:
+                return kind(value)
+            except TypeError:
+                raise BadLine(f'the field "{name}" is {JSON_KIND.get(type(value), f"the number {value}")}, not '
+                              f"{kind.__doc__}") from None
+    if not required:
+        return None
+    if any(name in record for name in names):
+        raise BadLine(f'the field "{next(name for name in names if name in record)}" is null')
+    wanted = " or ".join(f'"{name}"' for name in names)
+    raise BadLine(f"no field {wanted}; the fields seen are: {listed(record, 12) or 'none'}")
 
 
-class Corpus(Records):
-    """JSONL files as a sequence of (text, code); in memory are 17 to 21 bytes a line.
+# a docstring: a string alone on its lines, after a line that ends with a colon
+DOCSTRING = re.compile(r"(?<=:)([ \t]*(?:#[^\n]{0,200})?\n\s*)([rRuU]?(?:"
+                       r"""("{3}|'{3})[^\\"']*(?:(?:\\.|(?!\3)["'])[^\\"']*)*\3|"""
+                       r"""(["'])(?!\4)[^\\\n"']*(?:(?:\\.|(?!\4)["'])[^\\\n"']*)*\4))[ \t]*(?:#[^\n]*)?(?=\n|\Z)""",
+                       re.DOTALL)
+
+
+def separate_docstring(text: str, code: str) -> tuple[str, str]:
+    """(text, code) without the text in both: CodeSearchNet's Python code, say, still holds its docstring.
+
+    The docstring that holds the text, by its letters and digits, is cut out of the code. A text that is found
+    elsewhere in the code stays there alone.
+    """
+    def letters(string: str) -> str:
+        return re.sub(r"\W+", "", string)
+
+    text, key = text.strip(), letters(text)
+    if not key or key not in letters(code) and "\\" not in code:
+        return text, code
+    for found in DOCSTRING.finditer(code):
+        literal = found[2]
+        if key in letters(literal) or "\\" in literal and key in letters(literal_value(literal)):
+            return text, cut_literal(code, *found.span(2))
+    return ("", code) if text in code else (text, code)
+
+
+def literal_value(literal: str) -> str:
+    """What a string literal stands for; itself where it is none."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return str(ast.literal_eval(literal))
+    except (SyntaxError, ValueError):
+        return literal
+
+
+def cut_literal(code: str, begin: int, end: int, alone: bool | None = None) -> str:
+    """Code without the docstring code[begin:end]; its lines go too, unless a statement or a comment shares them.
+
+    `alone`, the docstring is the whole body, and becomes `pass`; None, it is if nothing follows.
+    """
+    if not code[end:].strip() if alone is None else alone:
+        return f"{code[:begin]}pass{code[end:]}"
+    first = code.rfind("\n", 0, begin) + 1
+    last = re.compile(r"[ \t]*").match(code, end).end()
+    if code.startswith("\n", last) and not code[first:begin].strip():
+        return code[:first] + code[last + 1:]
+    return code[:begin] + code[re.compile(r"[ \t]*;?[ \t]*").match(code, end).end():]
+
+
+class Split(NamedTuple):
+    """The examples of one split, made of numbered items.
+
+    examples    (n, k) int64: the k = 1 or 2 items of each example
+    labels      (n,) int64, of classification and pairs
+    names       what each example calls itself, for a file of predictions
+    queries     of retrieval, (Q,): the item of each query; query_names likewise
+    candidates  (C,): the items that are ranked, each text once; candidate_names likewise
+    right       (m, 2): query and candidate, by their places in these, of each right answer
+    """
+    examples: np.ndarray
+    labels: np.ndarray | None = None
+    names: list | None = None
+    queries: np.ndarray | None = None
+    query_names: list | None = None
+    candidates: np.ndarray | None = None
+    candidate_names: list | None = None
+    right: np.ndarray | None = None
+
+    def items(self) -> np.ndarray:
+        """The distinct items, which evaluation encodes each once."""
+        parts = [self.examples.ravel()] if self.candidates is None else [self.queries, self.candidates]
+        return np.unique(np.concatenate(parts))
+
+    def of_windows(self, files: np.ndarray) -> "Split":
+        """The split of files of words as one of their windows, `files` being the file of each."""
+        windows = np.flatnonzero(np.isin(files, self.examples))
+        return Split(windows[:, None], names=files[windows].tolist())
+
+
+class Dataset:
+    """What is read for a task: `Split`s of numbered items, and the passes over their texts.
+
+    A subclass reads its files once, to check and number what is in them. `sources` are the files, `bad` counts the lines
+    that were passed over, `count` is the number of items, `bytes` about the size of the texts, `labels` are those of the task.
+    """
+    splits: dict[str, Split]
+    records: Records
+    sources: list[Source]
+    labels: list[str] = []
+    reading: dict = {}  # how the files are read
+    count = bad = bytes = 0
+    windows = False  # its items become windows, which are numbered when they are tokenised
+
+    def texts(self) -> Iterator[object]:
+        """The text of each item, in the order of their numbers; the files are read again."""
+        raise NotImplementedError
+
+    def strings(self, text: object) -> list[str]:
+        """The strings of one of the `texts`."""
+        return [text]
+
+    def training_strings(self, most: int) -> Iterator[str]:
+        """About `most` bytes at most of the training split's strings, chosen by a hash: the same in every run."""
+        wanted, share = self.splits["train"].items(), min(1.0, most / max(1, self.bytes))
+        for text in self.select(wanted):
+            strings = self.strings(text)
+            if share == 1 or zlib.crc32("\0".join(strings).encode()) < share * 2 ** 32:
+                yield from strings
+
+    def select(self, wanted: np.ndarray) -> Iterator[object]:
+        """The texts of these items, which are sorted."""
+        position = 0
+        for number, text in enumerate(self.texts()):
+            if position == len(wanted):
+                return
+            if number == wanted[position]:
+                position += 1
+                yield text
+
+    def items_read(self, steps: int | None, batch: int, seed: int) -> np.ndarray:
+        """The items that a run of so many steps reads, sorted: few where it ends within its first epoch."""
+        examples = self.splits["train"].examples
+        if steps and not self.windows:
+            pools = -(-steps // Batches.POOL)
+            examples = examples[shuffled(len(examples), seed, 0)[:pools * Batches.POOL * batch]]
+        return np.unique(np.concatenate([examples.ravel(), *(split.items() for name, split in self.splits.items()
+                                                             if name != "train")]))
+
+    def sequences(self, tokenizer: "Tokenizer", ctx: int, wanted: np.ndarray, whole: bool) -> Iterator["Sequence"]:
+        """The token ids of the wanted items in the order of their numbers, at most ctx - 1 of them.
+
+        `whole`, all ids of code come, for windows at any place of it.
+        """
+        numbers = map(int, wanted)
+        for block in blocks(self.select(wanted)):
+            for ids in tokenizer.encode_many(block, ctx - 2):
+                yield Sequence(next(numbers), [tokenizer.start, *ids[:ctx - 2]])
+
+
+class Sequence(NamedTuple):
+    """What the token store holds of an item."""
+    number: int  # of the item; of a window, of its file
+    ids: list[int]  # without the last </s>
+    head: int = 1  # so many of the ids begin every sample: <s>, or <s> text </s>
+    tags: list[tuple[int, int]] = []  # (place in ids, label number) of a window's labelled words
+
+
+def blocks(texts: Iterable[object], size: Callable[[object], int] = len, most: int = 2 ** 20) -> Iterator[list]:
+    """Lists of successive texts, of about `most` characters and 2^13 texts at most: what the tokenizers library encodes
+    in parallel."""
+    block, characters = [], 0
+    for text in texts:
+        block.append(text)
+        characters += size(text)
+        if characters > most or len(block) == 2 ** 13:
+            yield block
+            block, characters = [], 0
+    if block:
+        yield block
+
+
+class Corpus(Dataset):
+    """JSONL files of (text, code) records for masked language modelling; in memory is a byte a record.
 
     Args:
-        sources, limit, skip_bad: as for `Records`; the sources may be `standard_library` too.
+        sources, limit, skip_bad, longest: as for `Records`.
         code_field, text_field: their names, where they are not among the known ones.
-    `train` and `held_out` are arrays of record numbers (uint32). Held out is 1 % by a hash of the line; of fewer
-    than 3,200 records a tenth, 32 at most, with the lowest hashes. Raises `Problem`.
+        most_valid: only so many of the records held out are in the validation split.
+    An item is a record. Held out is 1 % by a hash of the line; of fewer than 3,200 records a tenth, 32 at most, those
+    with the lowest hashes. The test split is the whole corpus. Raises `Problem`.
     """
 
     def __init__(self, sources: list[Source], code_field: str | None = None, text_field: str | None = None,
-                 limit: int | None = None, skip_bad: bool = False):
+                 limit: int | None = None, skip_bad: bool = False, longest: int = MAX_LINE,
+                 most_valid: int | None = None):
         self.code_fields = (code_field,) if code_field else CODE_FIELDS
         self.text_fields = (text_field,) if text_field else TEXT_FIELDS
-        self.plain_text = not code_field and not text_field  # a record with `text` alone is code
-        self.texts, held = 0, bytearray()
+        self.text_is_code = not code_field and not text_field  # of a record with `text` alone
+        self.reading = dict(fields=(code_field, text_field), limit=limit, skip_bad=skip_bad, longest=longest)
+        self.sources, self.records = sources, Records(sources, self.parse, limit, skip_bad, longest)
+        held, texts = bytearray(), 0
         lowest: list[tuple[int, int]] = []  # (-hash, record) of the 32 lowest hashes
-
-        def note(_source: int, line: bytes, _parsed: tuple) -> None:
-            checksum = zlib.crc32(line.strip())
+        for _, (text, code, checksum) in self.records:
             (heapq.heappush if len(lowest) < 32 else heapq.heappushpop)(lowest, (-checksum, len(held)))
             held.append(checksum % 100 == 0)
-
-        super().__init__(sources, self.parse, limit, skip_bad, note)
-        if text_field and not self.texts:
+            texts += bool(text)
+            self.bytes += len(text) + len(code)
+        self.bad = self.records.bad
+        if not held:
+            raise self.records.none_found()
+        if text_field and not texts:
             raise Problem(f'{listed(source.name for source in sources)}: no record has the field "{text_field}" '
                           "given with --text-field")
-        flags = np.frombuffer(held, bool)
-        least = min(32, max(1, len(flags) // 10), len(flags) - 1)
-        if flags.sum() < least:
-            for _, record in sorted(lowest, reverse=True)[:least]:
-                held[record] = 1
-        self.train = np.flatnonzero(~flags).astype(np.uint32)
-        self.held_out = np.flatnonzero(flags).astype(np.uint32)
+        held = np.frombuffer(held, np.uint8)
+        least = min(32, max(1, len(held) // 10), len(held) - 1)
+        if held.sum() < least:
+            held[[record for _, record in sorted(lowest, reverse=True)[:least]]] = 1
+        valid = np.flatnonzero(held)
+        some = np.linspace(0, len(valid) - 1, min(most_valid or len(valid), len(valid))).astype(int)
+        self.count, self.held_out = len(held), len(valid)
+        self.splits = {"train": Split(np.flatnonzero(held == 0)[:, None]), "valid": Split(valid[some, None]),
+                       "test": Split(np.arange(len(held))[:, None])}
 
-    def parse(self, line: bytes) -> tuple[str, str]:
-        """(text, code) of one line, the text "" where there is none; raises `BadLine`."""
+    def parse(self, line: bytes) -> tuple[str, str, int]:
+        """(text, code, hash) of one line, the text "" where there is none; raises `BadLine`."""
         record = parse_json(line)
-        code, text = first_field(record, self.code_fields), None
-        if code is None and self.plain_text and record.get("text") is not None:
-            code, text = first_field(record, ["text"]), first_field(record, TEXT_FIELDS[:-1])
+        code, text = field(record, self.code_fields, required=False), None
+        if code is None and self.text_is_code and record.get("text") is not None:
+            code, text = field(record, ["text"]), field(record, TEXT_FIELDS[:-1], required=False)
         elif code is not None:
-            text = first_field(record, self.text_fields)
-        if code is None:
-            raise missing(record, self.code_fields, "--code-field names the one to read")
+            text = field(record, self.text_fields, required=False)
+        else:
+            field(record, self.code_fields)
         if code.startswith("<"):
             code = STARCODER.sub("", code)
         if not code.strip():
             raise BadLine("the code is empty")
-        self.texts += text is not None
-        return once(text or "", code)
+        return *separate_docstring(text or "", code), zlib.crc32(line.strip())
 
-    def strings(self, share: float) -> Iterator[str]:
-        """The texts and codes of a share of the training records, chosen by a hash of the line."""
-        # at a terminal the tokenizers library draws bars of its own
-        for record in progress(self.train, desc="reading for the tokenizer", unit=" records",
-                               disable=sys.stderr.isatty()):
-            if share == 1 or zlib.crc32(b"tokenizer" + self.line(record)) < share * 2 ** 32:
-                yield from self[record]
+    def texts(self) -> Iterator[tuple[str, str]]:
+        for _, (text, code, _) in self.records:
+            yield text, code
 
+    def strings(self, text: tuple[str, str]) -> list[str]:
+        return list(text)
 
-def lines(path: str, longest: int = MAX_LINE) -> Iterator[tuple[int, int, bytes]]:
-    """(line number from 1, byte offset, line) of each line that is not blank; of a longer one its beginning."""
-    offset = 0
-    with open(path, "rb") as file:
-        for number in itertools.count(1):
-            line = rest = file.readline(longest + 1)
-            if not line:
-                return
-            if not line.isspace():
-                yield number, offset, line
-            offset += len(line)
-            while len(rest) > longest and not rest.endswith(b"\n"):
-                rest = file.readline(longest + 1)
-                offset += len(rest)
+    def sequences(self, tokenizer: "Tokenizer", ctx: int, wanted: np.ndarray, whole: bool) -> Iterator[Sequence]:
+        """<s> text </s> code: the text with its special tokens takes at most half of ctx."""
+        numbers, room = map(int, wanted), ctx // 2 - 2
+        for block in blocks(self.select(wanted), lambda record: len(record[0]) + len(record[1])):
+            texts, codes = zip(*block)
+            for text, code in zip(tokenizer.encode_many(texts, room),
+                                  tokenizer.encode_many(codes, None if whole else ctx)):
+                head = [tokenizer.start, *text[:room], tokenizer.end] if text else [tokenizer.start]
+                yield Sequence(next(numbers), head + (code if whole else code[:ctx - 1 - len(head)]), len(head))
 
-
-def check_length(line: bytes, longest: int) -> None:
-    """Raise `BadLine` at one of `lines` that is too long."""
-    if len(line.rstrip(b"\n")) > longest:
-        raise BadLine(f"a line of more than {size(longest)} (--max-line takes longer ones)")
+    def description(self) -> str:
+        parts = [f"{len(split.examples):,} for {name}" for name, split in self.splits.items()]
+        return (f"{listed(source.name for source in self.sources)}: {self.count:,} records, {human_bytes(self.bytes)}; "
+                + ", ".join(parts))
 
 
 # ---- the tokenizer ----------------------------------------------------------------------------------
 
 SPECIALS = {"pad": ("<pad>", "[PAD]"), "start": ("<s>", "[CLS]"), "end": ("</s>", "[SEP]"),
             "mask": ("<mask>", "[MASK]")}
+LONGEST_WORD = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"\S{256}|\s{256}"), "isolated")
 
 
 class Tokenizer:
@@ -609,7 +786,8 @@ class Tokenizer:
     Args:
         text: the content of a `tokenizer.json`.
         name: what to call it in an error. Raises `Problem` if it is none or lacks a special token.
-    `special` and `ordinary` are arrays of ids (int32): the special tokens, and all others.
+    `special` and `ordinary` are arrays of ids (int32): the special tokens, and all others. A run of characters without
+    a break is cut after 256, as the time that BPE takes grows with the square of a word's length.
     """
 
     def __init__(self, text: str, name: str = "the tokenizer"):
@@ -621,6 +799,8 @@ class Tokenizer:
         self.model.no_truncation()
         self.model.no_padding()
         self.model.encode_special_tokens = True  # "<mask>" in a source file is five characters of code
+        self.model.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+            [LONGEST_WORD, *filter(None, [self.model.pre_tokenizer])])
         vocabulary = self.model.get_vocab(with_added_tokens=True)
         for role, spellings in SPECIALS.items():
             found = [vocabulary[spelling] for spelling in spellings if spelling in vocabulary]
@@ -642,36 +822,42 @@ class Tokenizer:
         """The ids of a string, without special tokens; raises `Problem` where the tokenizer has none for it."""
         return self.encode_many([string])[0]
 
-    def encode_many(self, strings: list[str]) -> list[list[int]]:
-        """The ids of each string."""
+    def encode_many(self, strings: Iterable[str], room: int | None = None) -> list[list[int]]:
+        """The ids of each string; with `room`, of enough of its beginning to give so many ids if it has them."""
+        strings = list(strings)
+        parts = strings if room is None else [string[:8 * room + 1024] for string in strings]  # enough for most
         try:
-            return [encoding.ids for encoding in self.model.encode_batch_fast(strings, add_special_tokens=False)]
+            found = [encoding.ids for encoding in self.model.encode_batch_fast(parts, add_special_tokens=False)]
         except Exception as error:  # the library raises nothing narrower
             raise Problem(f"the tokenizer cannot encode this: {error}") from None
-
-
-def read_text(path: str | os.PathLike, name: str | None = None) -> str:
-    """The text of a file in UTF-8, of at most a gigabyte; raises `Problem`."""
-    try:
-        if os.path.getsize(path) > MAX_TEXT:
-            raise Problem(f"{name or path}: over {size(MAX_TEXT)}")
-        return Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise Problem(f"{name or path}: {getattr(error, 'strerror', None) or 'not text in UTF-8'}") from None
+        for i, (ids, string, part) in enumerate(zip(found, strings, parts)):
+            # the cut changes the ids of the last word alone, of at most 256 characters
+            if len(part) < len(string) and len(ids) < room + len(part[-256:].encode()):
+                found[i] = self.encode(string)
+        return found
 
 
 def load_tokenizer(path: str) -> Tokenizer:
-    """The tokenizer of a `tokenizer.json`; raises `Problem`."""
-    return Tokenizer(read_text(path), path)
+    """The tokenizer of a `tokenizer.json`, or of a folder with `vocab.json` and `merges.txt`; raises `Problem`."""
+    if not os.path.isdir(path):
+        return Tokenizer(read_text(path), path)
+    if os.path.isfile(os.path.join(path, "tokenizer.json")):
+        return load_tokenizer(os.path.join(path, "tokenizer.json"))
+    try:
+        model = tokenizers.ByteLevelBPETokenizer.from_file(*(os.path.join(path, f) for f in ("vocab.json", "merges.txt")))
+    except Exception as error:  # the library raises nothing narrower
+        raise Problem(f"{path}: no tokenizer.json there, nor vocab.json and merges.txt of a byte-level BPE ({error})"
+                      ) from None
+    vocabulary = model.get_vocab()
+    model.add_special_tokens([name for names in (*SPECIALS.values(), ("<unk>",)) for name in names if name in vocabulary])
+    return Tokenizer(model.to_str(), path)
 
 
-def train_tokenizer(corpus, vocab: int, most: int = 200_000_000) -> Tokenizer:
-    """A byte-level BPE of `vocab` entries trained on `corpus.strings`, about `most` bytes at most.
-
-    Which ones is decided by a hash, so it is the same in every run.
-    """
+def train_tokenizer(dataset: Dataset, vocab: int, most: int = 200_000_000) -> Tokenizer:
+    """A byte-level BPE of `vocab` entries trained on about `most` bytes at most of a data set's training split."""
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
-    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([LONGEST_WORD, byte_level])  # as `Tokenizer` has it
     model.decoder = tokenizers.decoders.ByteLevel()
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     special = [spellings[0] for spellings in SPECIALS.values()]
@@ -680,22 +866,155 @@ def train_tokenizer(corpus, vocab: int, most: int = 200_000_000) -> Tokenizer:
                       f"{len(alphabet) + len(special)} entries")
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=vocab, special_tokens=special,
                                              initial_alphabet=alphabet, show_progress=sys.stderr.isatty())
-    model.train_from_iterator(corpus.strings(min(1.0, most / corpus.bytes)), trainer)
+    model.train_from_iterator(dataset.training_strings(most), trainer)
+    model.pre_tokenizer = byte_level
     return Tokenizer(model.to_str())
 
 
-# ---- samples and batches ----------------------------------------------------------------------------
+# ---- the token store and batches --------------------------------------------------------------------
+
+IN_MEMORY = 2 ** 26  # bytes of text; the tokens of more of it go to a file
+
+
+class TokenStore:
+    """The token ids of numbered items in a memory-mapped file.
+
+    ids     all sequences, one after another: uint16 where the vocabulary allows, else int32
+    starts  (n + 1,) int64: item i has ids[starts[i]:starts[i + 1]]; an item that is not wanted has none
+    heads   (n,) int32: so many of them begin every sample of it
+    files   (n,) int64, of windows: the file of each
+    tags    (m, 2) int32, of windows: place in the window and label of each labelled word; those of window i are
+            tags[tag_starts[i]:tag_starts[i + 1]]
+
+    The file is these arrays, a line of JSON that names them, and its length in 8 bytes.
+    """
+
+    def __init__(self, buffer: np.ndarray):
+        length = int.from_bytes(buffer[-8:].tobytes(), "little")
+        self.key, arrays = json.loads(buffer[-8 - length:-8].tobytes())
+        for name, (dtype, begin, end) in arrays.items():
+            setattr(self, name, buffer[begin:end].view(dtype))
+        self.tags = self.tags.reshape(-1, 2)
+
+    @staticmethod
+    def open(path: str, key: str) -> "TokenStore | None":
+        """The store at `path`, if it was made for this key."""
+        try:
+            store = TokenStore(np.memmap(path, np.uint8, "r"))
+        except (OSError, ValueError, TypeError, AttributeError):
+            return None
+        return store if store.key == key else None
+
+    @staticmethod
+    def write(file: BinaryIO, sequences: Iterable[Sequence], key: str, vocab: int, count: int | None) -> None:
+        """Write a store of `count` items from the sequences of some, in the order of their numbers; None, of windows."""
+        dtype = np.dtype(np.uint16 if vocab <= 2 ** 16 else np.int32)
+        starts, heads, files = array.array("q", [0]), array.array("i"), array.array("q")
+        tags, tag_starts = array.array("i"), array.array("q", [0])
+
+        def pass_over(unwanted: int) -> None:
+            starts.extend(itertools.repeat(starts[-1], unwanted))
+            heads.extend(itertools.repeat(0, unwanted))
+
+        for sequence in sequences:
+            pass_over(0 if count is None else sequence.number - len(heads))
+            file.write(np.array(sequence.ids, dtype).tobytes())
+            starts.append(starts[-1] + len(sequence.ids))
+            heads.append(sequence.head)
+            if count is None:
+                files.append(sequence.number)
+                tags.extend(itertools.chain(*sequence.tags))
+                tag_starts.append(len(tags) // 2)
+        pass_over(0 if count is None else count - len(heads))
+        end = starts[-1] * dtype.itemsize
+        arrays = {"ids": (dtype.str, 0, end)}
+        for name, values in dict(starts=starts, heads=heads, files=files, tags=tags, tag_starts=tag_starts).items():
+            begin = -(-end // 8) * 8
+            file.write(bytes(begin - end) + values.tobytes())
+            end = begin + len(values) * values.itemsize
+            arrays[name] = f"i{values.itemsize}", begin, end
+        footer = json.dumps([key, arrays]).encode()
+        file.write(footer + len(footer).to_bytes(8, "little"))
+
+    def lengths(self, items: np.ndarray, ctx: int) -> np.ndarray:
+        """Tokens of the sample of each item, at most ctx."""
+        return np.minimum(self.starts[items + 1] - self.starts[items] + 1, ctx)
+
+    def sample(self, item: int, room: int, place: float = 0.0) -> np.ndarray:
+        """The ids of a sample but for the last </s>, at most `room`: the head, and of a longer rest the window that
+        begins at `place` in [0, 1)."""
+        ids = self.ids[self.starts[item]:self.starts[item + 1]]
+        spare, head = len(ids) - room, self.heads[item]
+        if spare <= 0:
+            return ids
+        start = head + int(place * (spare + 1))
+        return np.concatenate([ids[:head], ids[start:start + room - head]])
+
+
+def tokenise(dataset: Dataset, tokenizer: Tokenizer, ctx: int, wanted: np.ndarray, whole: bool = False,
+             path: str | None = None) -> TokenStore:
+    """The tokens of the wanted items (sorted), kept at `path`, or without one for this run of the program alone.
+
+    Local rank 0 of each host makes them once, in constant memory, while the others wait. Few are kept in memory. A file
+    of an earlier run that holds the very same is used again. Raises `Problem`, also where the disk has too little room.
+    """
+    files = [source.path if source.mark == "-" else source[::2] for source in dataset.sources]  # no two pipes are alike
+    parts = [files, dataset.reading, dataset.labels, dataset.count, dataset.bytes, tokenizer.text, ctx, whole,
+             len(wanted), zlib.crc32(wanted.tobytes())]
+    key = f"{digest(json.dumps(parts)):016x}"
+
+    def write(file: BinaryIO) -> None:
+        sequences = progress(dataset.sequences(tokenizer, ctx, wanted, whole), desc="tokenising", unit=" items",
+                             total=None if dataset.windows else len(wanted))
+        TokenStore.write(file, sequences, key, tokenizer.vocab, None if dataset.windows else dataset.count)
+
+    if world_size() == 1 and dataset.bytes < IN_MEMORY:
+        write(file := io.BytesIO())
+        return number_windows(dataset, TokenStore(np.frombuffer(file.getbuffer(), np.uint8)))
+    given = path
+    path = given or os.path.join(tempfile.gettempdir(), f"codessm-{broadcast(os.urandom(8).hex())}.tokens")
+    first = world_size() == 1 or os.environ.get("LOCAL_RANK", "0") == "0"
+    if first and TokenStore.open(path, key) is None:
+        size = 0.8 * dataset.bytes * len(wanted) / dataset.count  # at 2.5 bytes of text a token, which takes 2 bytes
+        free = shutil.disk_usage(os.path.dirname(os.path.abspath(path))).free
+        if size > free:
+            raise Problem(f"no room for {path}: the tokens of this corpus take about {human_bytes(size)}, and "
+                          f"{human_bytes(free)} are free", 1)
+        try:
+            with atomic(path) as file:
+                write(file)
+        except OSError as error:
+            raise Problem(f"could not write {path}: {error.strerror}", 1) from None
+    all_gather(None)  # until it is there
+    store = TokenStore.open(path, key)
+    if store is None:
+        raise Problem("the files of this host are not those of rank 0: every host needs the same")
+    all_gather(None)
+    if first and not given:
+        os.remove(path)
+    return number_windows(dataset, store)
+
+
+def number_windows(dataset: Dataset, store: TokenStore) -> TokenStore:
+    """Make the splits of files of words splits of the windows in the store; raises `Problem` where one has none."""
+    for name, split in dataset.splits.items() if dataset.windows else ():
+        dataset.splits[name] = split.of_windows(store.files)
+        if not len(dataset.splits[name].examples):
+            raise Problem(f"the {name} split has no labelled token")
+    return store
+
 
 WINDOW, CHOSEN, KIND, WHICH = range(4)  # what a draw is for
+IGNORE = -100  # a label that is not predicted
 
 
-def draw(seed: int, epoch: int, record: np.ndarray, position: np.ndarray, use: int) -> np.ndarray:
+def draw(seed: int, epoch: int, item: np.ndarray, position: np.ndarray | int, use: int) -> np.ndarray:
     """Numbers in [0, 1), float64, one for each broadcast element: SplitMix64 (Steele et al. 2014) as a hash.
 
     `use` keeps draws for different purposes apart.
     """
     state = np.full(1, seed, np.uint64)
-    for key in (use, epoch, record, position):
+    for key in (use, epoch, item, position):
         state = state + np.asarray(key).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
         state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -703,297 +1022,147 @@ def draw(seed: int, epoch: int, record: np.ndarray, position: np.ndarray, use: i
     return (state >> np.uint64(11)).astype(np.float64) * 2.0 ** -53
 
 
-class Samples:
-    """The samples of a corpus: `samples(record, epoch)` is a list of token ids, at most `ctx` of them.
-
-    Text with its two special tokens takes at most half of ctx. Of longer code there is one window an
-    epoch: its start in epoch 0, then one from a place drawn from (seed, epoch, record).
-    """
-
-    def __init__(self, corpus: Corpus, tokenizer: Tokenizer, ctx: int, seed: int = 0):
-        self.corpus, self.tokenizer, self.ctx, self.seed = corpus, tokenizer, ctx, seed
-
-    def __call__(self, record: int, epoch: int = 0) -> list[int]:
-        tokenizer = self.tokenizer
-        text, code = self.corpus[record]
-        ids = [tokenizer.start]
-        if text:
-            ids += window(tokenizer, text, self.ctx // 2 - 2) + [tokenizer.end]
-        place = draw(self.seed, epoch, record, 0, WINDOW).item() if epoch else 0.0
-        return ids + window(tokenizer, code, self.ctx - len(ids) - 1, place) + [tokenizer.end]
+def shuffled(n: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of n examples in an epoch."""
+    return np.random.default_rng((seed, epoch)).permutation(n)
 
 
-def window(tokenizer: Tokenizer, string: str, room: int, place: float = 0.0) -> list[int]:
-    """At most `room` ids from `place` in [0, 1) of a string; no more of it is tokenised than that needs."""
-    length = 8 * room  # characters: about twice what fills the room
-    while True:
-        spare = max(0, len(string) - length)
-        start = int(place * (spare + 1))
-        ids = tokenizer.encode(string[start:start + length])
-        if len(ids) >= room or not spare:
-            start = int(place * (max(0, len(ids) - room) + 1))
-            return ids[start:start + room]
-        length *= 2
-
-
-IGNORE = -100  # a target that is not predicted
+def static_lengths(ctx: int) -> np.ndarray:
+    """The lengths to which batches are padded: four in each octave from ctx down to a 64th of it, multiples of 8."""
+    octaves = 2.0 ** -np.arange(max(1, min(6, int(math.log2(ctx / 16)))))
+    steps = np.outer(octaves, [1, 7 / 8, 6 / 8, 5 / 8]) * ctx
+    return np.unique(np.ceil(steps / 8).astype(int) * 8).clip(max=ctx)
 
 
 class Batch(NamedTuple):
-    """Rows padded on the right to one static length L; `lengths` is 0 in rows that only fill up a batch."""
+    """Rows padded on the right to one static length a side; rows of length 0 only fill up a batch.
+
+    `places` are positions in the flattened ids of what is to be predicted, `targets` what is right there.
+    """
     ids: np.ndarray      # (B, L) int32
     lengths: np.ndarray  # (B,) int32
-    records: np.ndarray  # (B,) int64
-    epoch: int
-    second: tuple[np.ndarray, np.ndarray] | None = None  # ids and lengths of the second side, where there is one
-    labels: np.ndarray | None = None  # (B,) int64, IGNORE in rows that only fill up
-    tokens: tuple[int, ...] = ()  # real ones of each side, over all ranks
+    items: np.ndarray    # (B, k) int64
+    epoch: int = 0
+    ids2: np.ndarray | None = None      # of the second side, where there is one
+    lengths2: np.ndarray | None = None
+    labels: np.ndarray | None = None    # (B,) int64, IGNORE in rows that only fill up
+    places: np.ndarray | None = None    # (M,) int64
+    targets: np.ndarray | None = None   # (M,) int64
+    tokens: int = 0                     # real ones of both sides, over all ranks
 
     def pieces(self, count: int) -> list["Batch"]:
         """At most `count` batches of equally many rows, the last perhaps of fewer."""
         rows = -(-len(self.ids) // count)
-        return [Batch(self.ids[part], self.lengths[part], self.records[part], self.epoch,
-                      self.second and tuple(side[part] for side in self.second),
-                      None if self.labels is None else self.labels[part])
-                for part in (slice(start, start + rows) for start in range(0, len(self.ids), rows))]
+        pieces = []
+        for start in range(0, len(self.ids), rows):
+            part = {name: value[start:start + rows] for name, value in self._asdict().items()
+                    if name not in ("epoch", "places", "targets", "tokens") and value is not None}
+            if self.places is not None:
+                L = self.ids.shape[1]
+                own = (self.places >= start * L) & (self.places < (start + rows) * L)
+                part |= dict(places=self.places[own] - start * L, targets=self.targets[own])
+            pieces.append(Batch(**part, epoch=self.epoch))
+        return pieces
 
 
-def sides(sample) -> tuple[list[int], ...]:
-    """The one or two rows of ids of a sample."""
-    return sample if isinstance(sample, tuple) else (sample,)
-
-
-def static_lengths(samples: Callable, records: np.ndarray, ctx: int, most: int = 4096) -> list[int]:
-    """The lengths to which batches of these samples are padded, chosen by at most `most` of them."""
-    return choose_lengths(sample_lengths(samples, records, most), ctx)
-
-
-def sample_lengths(samples: Callable, records: np.ndarray, most: int) -> np.ndarray:
-    """Token counts, int64, of the epoch-0 samples of at most `most` of the records, evenly spaced."""
-    chosen = records[np.linspace(0, len(records) - 1, min(most, len(records))).astype(int)]
-    return np.array([max(map(len, sides(samples(int(record)))))
-                     for record in progress(chosen, desc="measuring samples")])
-
-
-def choose_lengths(counts: np.ndarray, ctx: int, most: int | None = None) -> list[int]:
-    """The static lengths (at most 12 up to ctx 256, else 16) that pad samples of `counts` tokens least.
-
-    Exact, by dynamic programming over multiples of 8 (of ctx / 512 for a long ctx); the last is ctx.
-    """
-    most = most or (12 if ctx <= 256 else 16)
-    grain = max(8, -(-ctx // 512 // 8) * 8)
-    lengths = np.unique(np.append(np.arange(grain, ctx, grain), ctx))
-    below = np.searchsorted(np.sort(counts), lengths, side="right")  # samples that fit each length
-    # cost[j] of the best k lengths that end with lengths[j]; a sample pays for the length it is given
-    cost, back = below * lengths.astype(float), []
-    # between[i, j]: what the samples longer than lengths[i] pay for lengths[j]
-    between = np.where(lengths[:, None] < lengths, (below - below[:, None]) * lengths.astype(float), np.inf)
-    for _ in range(min(most, len(lengths)) - 1):
-        step = cost[:, None] + between
-        best = step.argmin(0)
-        better = step[best, np.arange(len(lengths))]
-        back.append(np.where(better < cost, best, -1))
-        cost = np.minimum(better, cost)
-    chosen, j = [], len(lengths) - 1
-    for best in reversed(back):
-        if best[j] >= 0:
-            chosen.append(j)
-            j = best[j]
-    return [int(lengths[j]) for j in sorted({*chosen, j, len(lengths) - 1})]
-
-
-def start_worker(parent: int, _worker: int) -> None:
-    """Tie a worker process to its parent.
-
-    Ctrl-C reaches every process of a terminal: the main one saves, and then ends its workers itself. If it is
-    killed, they must not live on with what they inherited, the lock on the run's output among it.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if sys.platform == "linux":
-        PR_SET_PDEATHSIG = 1
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)
-
-
-def as_it_is(pool):
-    return pool
-
-
-class Read(NamedTuple):
-    """What one of several ranks has read of a pool: its samples' lengths (n, k) and, one after the other, their ids."""
-    key: tuple[int, int]  # (epoch, pool)
-    lengths: np.ndarray
-    ids: np.ndarray
-
-
-class Batches(Dataset):
-    """Batches of samples in a reproducible order, the same for any number of ranks.
+class Batches:
+    """`batches[i]` is batch i, counted on from epoch to epoch: index arithmetic on the lengths in a token store.
 
     Args:
-        samples: any function (record, epoch) -> ids, as `Samples`, or -> two rows of ids.
-        records: the record numbers to go through, once an epoch.
-        batch: samples a batch, over all ranks.
-        lengths: the static lengths, from `choose_lengths`.
-        seed: of the order; None keeps that of `records`, as evaluation wants it.
-        labels: of all records, int64.
-    `len()` is the number of batches an epoch; the last is filled up with empty rows. Of W ranks, rank r gets the rows
-    r, r + W, ... of each batch, filled up to equally many. It reads and tokenises the samples r, r + W, ... of a pool,
-    since where a sample belongs is known only when all lengths are; then each sample goes to its rank.
+        store, tokenizer, ctx: where the ids are; samples have at most ctx of them.
+        examples: (n, k) items. labels: (n,), of those that have them.
+        batch: examples a batch, over all ranks.
+        seed: of the order; None, as for an evaluation, is by length.
+    `len()` is the number of batches an epoch, of which the last is filled up with empty rows. Within a pool of `POOL`
+    batches of the shuffled epoch, those with samples of like length are batched together. Of W ranks, rank r gets the
+    rows r, r + W, ... of each batch, so all see the same batches.
     """
     POOL = 50
 
-    def __init__(self, samples: Callable, records: np.ndarray, batch: int, lengths: list[int], pad: int,
+    def __init__(self, store: TokenStore, tokenizer: Tokenizer, ctx: int, examples: np.ndarray, batch: int,
                  seed: int | None = None, labels: np.ndarray | None = None):
-        self.samples, self.records, self.batch, self.pad, self.labels = samples, records, batch, pad, labels
-        self.lengths, self.seed, self.rank, self.world = np.array(lengths), seed, rank(), world()
-        self.order = None, None
+        self.store, self.tokenizer, self.ctx, self.batch, self.seed = store, tokenizer, ctx, batch, seed
+        if labels is not None and examples.shape[1] > 1:  # a pair has no order, and its longer side first pads less
+            examples = np.take_along_axis(examples, (-store.lengths(examples, ctx)).argsort(1), 1)
+        self.examples, self.labels = examples, labels
+        self.static = static_lengths(ctx)
+        self.ordered = None, None  # the epoch whose order this is
 
     def __len__(self) -> int:
-        return -(-len(self.records) // self.batch)
+        return -(-len(self.examples) // self.batch)
 
-    def records_of(self, epoch: int, pool: int) -> np.ndarray:
-        """The records of one pool, in the shuffled order of the epoch."""
-        if self.order[0] != epoch:
-            order = self.records
-            if self.seed is not None:
-                order = order.copy()
-                np.random.default_rng((self.seed, epoch)).shuffle(order)
-            self.order = epoch, order
-        width = self.POOL * self.batch
-        return self.order[1][pool * width:(pool + 1) * width].astype(np.int64)
+    def __iter__(self) -> Iterator[Batch]:
+        """The batches of one epoch."""
+        return (self[i] for i in range(len(self)))
 
-    def __getitem__(self, key: tuple[int, int]) -> "list[Batch] | Read | Problem":
-        """The batches of pool `key` = (epoch, pool); of several ranks what this one reads, for `exchange`.
-
-        A `Problem` is returned: raised, it would lose its form between processes.
-        """
-        epoch, pool = key
-        try:
-            samples = [sides(self.samples(int(record), epoch))
-                       for record in self.records_of(epoch, pool)[self.rank::self.world]]
-        except Problem as problem:
-            return problem
-        lengths = np.array([list(map(len, rows)) for rows in samples] or np.empty((0, 1)), int)
-        if self.world > 1:
-            return Read(key, lengths, np.array([*itertools.chain(*itertools.chain(*samples))], np.int32))
-        return self.collate(key, samples, lengths, self.groups(key, lengths))
-
-    def groups(self, key: tuple[int, int], lengths: np.ndarray) -> list[np.ndarray]:
-        """Which samples of a pool, that have so many tokens a side (n, k), make up each of its batches."""
-        order = self.by_length(lengths)
-        groups = [order[i:i + self.batch] for i in range(0, len(order), self.batch)]
+    def order(self, epoch: int) -> np.ndarray:
+        """(batches, batch): which examples make up each batch of an epoch, -1 filling up the last."""
+        if self.ordered[0] == epoch:
+            return self.ordered[1]
+        n = len(self.examples)
+        order = np.arange(n) if self.seed is None else shuffled(n, self.seed, epoch)
+        lengths = self.store.lengths(self.examples[order], self.ctx)
+        pool = np.arange(n) // (n if self.seed is None else self.POOL * self.batch)
+        by_length = np.lexsort((-lengths.max(1), pool))
+        if lengths.shape[1] > 1:  # of five batches whose longer sides are alike, those with like shorter ones
+            run = np.empty(n, int)
+            run[by_length] = np.arange(n) // (5 * self.batch)  # five divide a pool
+            by_length = np.lexsort((-lengths.max(1), -lengths.min(1), run))
+        order = np.append(order[by_length], np.full(-n % self.batch, -1)).reshape(-1, self.batch)
         if self.seed is not None:
-            np.random.default_rng((self.seed, *key)).shuffle(groups)
-        return groups
+            random = np.random.default_rng((self.seed, epoch, 1)).random(len(order))
+            order = order[np.lexsort((random, np.arange(len(order)) // self.POOL))]
+        self.ordered = epoch, order
+        return order
 
-    def by_length(self, lengths: np.ndarray) -> np.ndarray:
-        """The order in which samples with so many tokens a side, (n, k), are cut into batches with little padding."""
-        order = np.argsort(-lengths.max(1), kind="stable")
-        if lengths.shape[1] == 1:
-            return order
-        # the seven batches whose longer sides are alike share the shorter ones by length
-        run = np.empty(len(order), int)
-        run[order] = np.arange(len(order)) // (7 * self.batch)
-        return np.lexsort((-lengths.max(1), -lengths.min(1), run))
+    def padded_lengths(self, count: int) -> set[int]:
+        """The static lengths that occur in the first `count` batches, of one epoch at most."""
+        order = self.order(0)[:count]
+        lengths = self.store.lengths(self.examples[order], self.ctx) * (order >= 0)[..., None]
+        return set(self.static[np.searchsorted(self.static, lengths.max(1))].ravel().tolist())
 
-    def exchange(self, read: "Read | Problem") -> list[Batch]:
-        """Give the samples that this rank has read to the ranks whose rows they are; this rank's batches of the pool.
+    def __getitem__(self, number: int) -> Batch:
+        """This rank's share of a batch."""
+        epoch, number = divmod(number, len(self))
+        order = self.order(epoch)[number]
+        lengths = self.store.lengths(self.examples[order], self.ctx) * (order >= 0)[:, None]
+        own = np.append(order, np.full(-self.batch % world_size(), -1))[rank()::world_size()]
+        items = np.where(own[:, None] >= 0, self.examples[own], -1)
+        ids, counts = self.pad(items[:, 0], lengths[:, 0].max(), epoch)
+        ids2, counts2 = self.pad(items[:, 1], lengths[:, 1].max(), epoch) if items.shape[1] > 1 else (None, None)
+        labels = None if self.labels is None else np.where(own >= 0, self.labels[own], IGNORE)
+        return Batch(ids, counts, items, epoch, ids2, counts2, labels, *self.tagged(items[:, 0], ids.shape[1]),
+                     int(lengths.sum()))
 
-        Raises, on every rank, the `Problem` that one of them met.
-        """
-        parts = gather(read if isinstance(read, Problem) else read.lengths)
-        share_problem(next((part for part in parts if isinstance(part, Problem)), None))
-        n = sum(map(len, parts))
-        lengths = np.empty((n, max(part.shape[1] for part in parts)), int)
-        for reader, part in enumerate(parts):
-            lengths[reader::self.world] = part
-        groups, tokens = self.groups(read.key, lengths), lengths.sum(1)
-        reader, owner = np.arange(n) % self.world, np.empty(n, int)
-        for group in groups:
-            owner[group] = np.arange(len(group)) % self.world
-        # what goes from one rank to another goes in the order of the pool
-        given, taken = np.flatnonzero(reader == self.rank), np.flatnonzero(owner == self.rank)
-        rows = np.split(read.ids, np.cumsum(tokens[given])[:-1])
-        sent = [rows[i] for i in np.argsort(owner[given], kind="stable")]
-        taken = taken[np.argsort(reader[taken], kind="stable")]
-        received = torch.empty(tokens[taken].sum(), dtype=torch.int32)
-        dist.all_to_all_single(
-            received, torch.from_numpy(np.concatenate([*sent, np.empty(0, np.int32)])),
-            np.bincount(reader[taken], tokens[taken], self.world).astype(int).tolist(),
-            np.bincount(owner[given], tokens[given], self.world).astype(int).tolist())
-        samples = {i: np.split(row, np.cumsum(lengths[i])[:-1])
-                   for i, row in zip(taken, np.split(received.numpy(), np.cumsum(tokens[taken])[:-1]))}
-        return self.collate(read.key, samples, lengths, groups)
-
-    def collate(self, key: tuple[int, int], samples, lengths: np.ndarray, groups: list[np.ndarray]) -> list[Batch]:
-        """This rank's share of a pool's batches; all of its samples have so many tokens a side, (n, k)."""
-        epoch, records, size = key[0], self.records_of(*key), -(-self.batch // self.world)
-        batches = []
-        for group in groups:
-            own = group[self.rank::self.world]
-            fill = size - len(own)
-            (ids, counts), *second = [self.pad_rows([samples[i][side] for i in own], size, lengths[group, side].max())
-                                      for side in range(lengths.shape[1])]
-            labels = None
-            if self.labels is not None:
-                labels = np.pad(self.labels[records[own]], (0, fill), constant_values=IGNORE)
-            batches.append(Batch(ids, counts, np.pad(records[own], (0, fill)), epoch, second[0] if second else None,
-                                 labels, tuple(lengths[group].sum(0).tolist())))
-        return batches
-
-    def pad_rows(self, rows: list, size: int, longest: int) -> tuple[np.ndarray, np.ndarray]:
-        """ids (size, L) and lengths (size,), both int32, L being the static length that the longest row needs."""
-        L = self.lengths[np.searchsorted(self.lengths, longest)]
-        ids, lengths = np.full((size, L), self.pad, np.int32), np.zeros(size, np.int32)
-        for i, row in enumerate(rows):
-            ids[i, :len(row)], lengths[i] = row, len(row)
+    def pad(self, items: np.ndarray, longest: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """ids (B, L) and lengths (B,), both int32, of the samples of the items, of which -1 has none."""
+        L = self.static[np.searchsorted(self.static, longest)]
+        ids, lengths = np.full((len(items), L), self.tokenizer.pad, np.int32), np.zeros(len(items), np.int32)
+        places = draw(self.seed, epoch, items, 0, WINDOW) if epoch else np.zeros(len(items))
+        for row, (item, place) in enumerate(zip(items.tolist(), places.tolist())):
+            if item >= 0:
+                sample = self.store.sample(item, self.ctx - 1, place)
+                ids[row, :len(sample)], ids[row, len(sample)] = sample, self.tokenizer.end
+                lengths[row] = len(sample) + 1
         return ids, lengths
 
-    def stream(self, start: int = 0, stop: int | None = None, workers: int = 0) -> Iterator[Batch]:
-        """Batches number `start` to `stop` (None: without end), epoch after epoch.
-
-        With `workers`, that many processes read and tokenise pools ahead. Close the generator to end them.
-        """
-        pools = -(-len(self) // self.POOL)
-
-        def keys() -> Iterator[tuple[int, int]]:
-            epoch, pool = start // len(self), start % len(self) // self.POOL
-            while stop is None or epoch * len(self) + pool * self.POOL < stop:
-                yield epoch, pool
-                epoch, pool = (epoch, pool + 1) if pool + 1 < pools else (epoch + 1, 0)
-
-        # after this fork no thread pool of the tokenizers library may be used
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        loader = DataLoader(self, batch_size=None, sampler=keys(), num_workers=workers, collate_fn=as_it_is,
-                            worker_init_fn=partial(start_worker, os.getpid()),
-                            generator=torch.Generator(),  # without one it draws from the global random state
-                            multiprocessing_context="fork" if workers and sys.platform == "linux" else None)
-        number = start - start % len(self) % self.POOL
-        pending = iter(loader)
-        try:
-            for pool in pending:
-                if self.world > 1:
-                    pool = self.exchange(pool)
-                if isinstance(pool, Problem):
-                    raise pool
-                for batch in pool:
-                    if start <= number and (stop is None or number < stop):
-                        yield batch
-                    number += 1
-        finally:
-            del pending  # ends the workers
+    def tagged(self, windows: np.ndarray, L: int) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
+        """Places in the flattened rows of length L, and labels, of the tagged words of windows; None without tags."""
+        if not len(self.store.files):
+            return None, None
+        found = [self.store.tags[self.store.tag_starts[w]:self.store.tag_starts[w + 1]] + [row * L, 0]
+                 for row, w in enumerate(windows.tolist()) if w >= 0]
+        return tuple(np.concatenate([np.empty((0, 2), np.int64), *found]).astype(np.int64).T)
 
 
 # ---- benchmarks -------------------------------------------------------------------------------------
 
-class Benchmark(NamedTuple):
-    """What a task is made of."""
-    kind: str                      # retrieval, classify, tag or pair
-    ctx: int                       # tokens a side
+class Task(NamedTuple):
+    """What `pretrain` or `finetune` trains for."""
+    kind: str                      # mlm, retrieval, classify, tag or pair
+    ctx: int                       # tokens a sample
     epochs: int
-    metric: str                    # the one by which the best epoch is chosen
+    metric: str                    # by which the best evaluation is chosen
     text: tuple[str, ...] = ()     # the names that a field may have, the first that is there wins
     code: tuple[str, ...] = CODE_FIELDS
     label: str = "label"
@@ -1002,10 +1171,12 @@ class Benchmark(NamedTuple):
     line: str = ""                 # what a line looks like
     published: str = ""            # where
     docstrings: bool = False       # code may hold its own description, which is cut out
-    whole: bool = False            # candidates are those of all splits
+    all_candidates: bool = False   # the candidates are those of all splits
+    splits: tuple[str, ...] = SPLITS  # that training reads
+    evaluations: int = 0           # of a run; 0, one an epoch
 
 
-ADVTEST = Benchmark(
+ADVTEST = Task(
     "retrieval", 512, 2, "mrr", ("docstring_tokens", "docstring"),
     ("code_tokens", "function_tokens", "code", "function"), files="train.jsonl, valid.jsonl and test.jsonl",
     line='{"docstring_tokens": [...], "code_tokens": [...], "url": "...", "idx": 0}',
@@ -1013,346 +1184,83 @@ ADVTEST = Benchmark(
 TASKS = {
     "advtest": ADVTEST,
     "nlcodesearch": ADVTEST,
-    "sqa": Benchmark(
-        "retrieval", 1024, 3, "mrr", ("question",), ("answer",), whole=True,
+    "sqa": Task(
+        "retrieval", 1024, 3, "mrr", ("question",), ("answer",), all_candidates=True,
         files="corpus.jsonl, queries.jsonl and qrels/{train,test}.tsv (CoIR), or Questions.csv and Answers.csv "
               "(StackSample), or JSONL", line='{"question": "...", "answer": "..."}',
         published="https://huggingface.co/datasets/CoIR-Retrieval/stackoverflow-qa and "
                   "https://www.kaggle.com/datasets/stackoverflow/stacksample"),
-    "devign": Benchmark(
+    "devign": Task(
         "classify", 400, 5, "accuracy", code=("func",), label="target", labels=("0", "1"),
         files="function.json with train.txt, valid.txt and test.txt, or train.jsonl, valid.jsonl and test.jsonl",
         line='{"func": "int f() {...}", "target": 0, "idx": 0}',
         published="https://github.com/microsoft/CodeXGLUE/tree/main/Code-Code/Defect-detection"),
-    "diversevul": Benchmark(
+    "diversevul": Task(
         "classify", 512, 3, "macro_f1", code=("func",), label="target", labels=("0", "1"),
         line='{"func": "int f() {...}", "target": 0}', published="https://github.com/wagner-group/diversevul"),
-    "complexity": Benchmark(
+    "complexity": Task(
         "classify", 1024, 10, "macro_f1", code=("src", "code"), label="complexity",
         labels=("constant", "logn", "linear", "nlogn", "quadratic", "cubic", "np"),
         line='{"src": "int f() {...}", "complexity": "linear"}',
         published="https://huggingface.co/datasets/codeparrot/codecomplex"),
-    "typeinf": Benchmark(
+    "typeinf": Task(
         "tag", 512, 3, "accuracy",
         files="train*.jsonl, valid.jsonl and test.jsonl, and vocab_50000.txt if there is one",
         line='{"tokens": ["function", "f", ...], "labels": [null, "string", ...]}',
         published="https://zenodo.org/record/6387001"),
-    "clone": Benchmark(
+    "clone": Task(
         "pair", 512, 3, "f1", code=("func",), labels=("0", "1"),
         files="data.jsonl, with train.txt, valid.txt and test.txt of lines idx1, tab, idx2, tab, label",
         line='{"func": "int f() {...}", "idx": "10"}',
         published="https://github.com/microsoft/CodeXGLUE/tree/main/Code-Code/Clone-detection-BigCloneBench"),
-    "retrieval": Benchmark("retrieval", 512, 3, "mrr", TEXT_FIELDS[::-1], line='{"text": "...", "code": "..."}',
-                           docstrings=True),
-    "classify": Benchmark("classify", 512, 3, "accuracy", line='{"code": "...", "label": "..."}'),
-    "tag": Benchmark("tag", 512, 3, "accuracy", line='{"tokens": ["def", "f", ...], "labels": [null, "name", ...]}'),
-    "pair": Benchmark("pair", 512, 3, "f1", labels=("0", "1"), line='{"code1": "...", "code2": "...", "label": 0}'),
+    "retrieval": Task("retrieval", 512, 3, "mrr", TEXT_FIELDS[::-1], line='{"text": "...", "code": "..."}',
+                      docstrings=True),
+    "classify": Task("classify", 512, 3, "accuracy", line='{"code": "...", "label": "..."}'),
+    "tag": Task("tag", 512, 3, "accuracy", line='{"tokens": ["def", "f", ...], "labels": [null, "name", ...]}'),
+    "pair": Task("pair", 512, 3, "f1", labels=("0", "1"), line='{"code1": "...", "code2": "...", "label": 0}'),
+    "mlm": Task("mlm", 256, 1, "loss", splits=SPLITS[:2], evaluations=10),
 }
-SPLITS = ("train", "valid", "test")
 UNK = "UNK"  # row 0 of a vocabulary of tags; predicted, it is always wrong
 
 
-def string_field(record: dict, names: Iterable[str], what: str) -> str:
-    """The first of the named fields, a list of tokens being joined by spaces; raises `BadLine`."""
-    names = list(names)
-    for name in names:
-        if isinstance(record.get(name), list):
-            string = " ".join(token_field(record, name))
-            break
-        if record.get(name) is not None:
-            string = first_field(record, [name])
-            break
-    else:
-        raise missing(record, names)
-    if not string.strip():
-        raise BadLine(f"the {what} is empty")
-    return string
+class Example(NamedTuple):
+    """What a line of JSONL holds: two texts, two codes, one code, or a list of words; and its labels."""
+    texts: tuple[str, ...] | list[str]
+    label: str | list[str | None] | None
+    record: dict
 
 
-def token_field(record: dict, name: str) -> list[str]:
-    tokens = record.get(name)
-    if tokens is None:
-        raise missing(record, [name])
-    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
-        raise BadLine(f'the field "{name}" is no list of strings')
-    return list(map(well_formed, tokens))
-
-
-def label_field(record: dict, name: str, allowed: Iterable[str] = ()) -> str:
-    """A label as a string, a truth value as 0 or 1; raises `BadLine` where there is none or it is not `allowed`."""
-    label = record.get(name)
-    if label is None:
-        raise missing(record, [name])
-    if isinstance(label, (bool, float)) and label == label // 1:
-        label = int(label)
-    if not isinstance(label, (str, int)):
-        raise BadLine(f'the label "{name}" is {JSON_KIND.get(type(label), label)}, not a name or a whole number')
-    label = well_formed(str(label))
-    if allowed and label not in allowed:
-        raise BadLine(f'the label "{label[:80]}" is none of those of the task, which are {listed(allowed, 12)}')
-    return label
-
-
-# a docstring, where the code does not parse: a string alone on its lines, after one that ends with a colon
-DOCSTRING = re.compile(r"(?<=:)([ \t]*(?:#[^\n]*)?\n\s*?)[ \t]*[rRuU]?"
-                       r"""(?:("{3}|'{3})(.*?)\2|(["'])(?!\4)([^\n]*?)\4)[ \t]*(?:#[^\n]*)?(?=\n|\Z)""", re.DOTALL)
-
-
-def without_docstring(text: str, code: str) -> str:
-    """Code without the docstring that the text is from: ranked as it is, the query would lie inside the answer."""
-    key = re.sub(r"\W+", "", text)
-
-    def holds(string: str) -> bool:
-        return key in re.sub(r"\W+", "", string)
-
-    if not key or '"' not in code and "'" not in code or not holds(code) and "\\" not in code:
-        return code
-    try:
-        source = textwrap.dedent(code)
-        for node in ast.walk(parse_python(source)):
-            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and ast.get_docstring(node) and (
-                    holds(ast.get_docstring(node)) or holds(ast.get_source_segment(source, node.body[0]))):
-                begin, end, instead = docstring_place(source, node, *positions(source)[1:])
-                return source[:begin] + instead + source[end:]
-        return code
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        for string in DOCSTRING.finditer(code):  # Python 2, say
-            if holds(string[3] or string[5] or ""):
-                return code[:string.end(1)].rstrip() + code[string.end():]
-        return once(text, code)[1]
-
-
-def parse_example(task: Benchmark, line: bytes, labelled: bool = True) -> tuple:
-    """What a line of JSONL holds; raises `BadLine`.
-
-    (code, label), (text, code), (code, code, label) or (words, labels); unless `labelled`, the label is None and each
-    word's UNK, whatever the line has.
-    """
+def parse_example(task: Task, line: bytes, labelled: bool = True) -> Example:
+    """An example of a task; unless `labelled`, its label is None and each word's UNK. Raises `BadLine`."""
     record = parse_json(line)
-    if task.kind == "retrieval":
-        text, code = string_field(record, task.text, "text"), string_field(record, task.code, "code")
-        tokens = any(isinstance(record.get(name), list) for name in task.code)
-        return text, without_docstring(text, code) if task.docstrings and not tokens else code
     if task.kind == "tag":
-        words = token_field(record, "tokens")
-        labels = record.get("labels") if labelled else [UNK] * len(words)
-        if not isinstance(labels, list):
-            raise missing(record, ["labels"]) if labels is None else BadLine('the field "labels" is no list')
+        words = field(record, ["tokens"], as_words)
+        labels = field(record, ["labels"], as_list) if labelled else [UNK] * len(words)
         if len(labels) != len(words):
             raise BadLine(f"{len(words):,} tokens and {len(labels):,} labels: there must be one for each, or null")
         if not words:
             raise BadLine("the list of tokens is empty")
-        labels = [None if label is None else label_field({"labels": label}, "labels") for label in labels]
+        labels = [field({"labels": label}, ["labels"], as_label, required=False) for label in labels]
         if labelled and not task.published and UNK in labels:  # one's own tags
             raise BadLine(f'the label "{UNK}" stands for what is not known: give it another name')
-        return words, labels
-    names = [("code1", "func1"), ("code2", "func2")] if task.kind == "pair" else [task.code]
-    codes = [string_field(record, fields, "code") for fields in names]
-    return *codes, label_field(record, task.label, task.labels) if labelled else None
+        return Example(words, labels, record)
+    sides = {"retrieval": [task.text, task.code], "pair": [("code1", "func1"), ("code2", "func2")],
+             "classify": [task.code]}[task.kind]
+    texts = [field(record, names, as_text) for names in sides]
+    if task.docstrings and not any(isinstance(record.get(name), list) for name in task.code):
+        # ranked as it is, the query would lie inside the answer
+        texts[1] = separate_docstring(*texts)[1]
+    check_not_empty(texts)
+    label = field(record, [task.label], as_label) if labelled and task.kind != "retrieval" else None
+    if label is not None and task.labels and label not in task.labels:
+        raise BadLine(f'the label "{label[:80]}" is none of those of the task, which are {listed(task.labels, 12)}')
+    return Example(tuple(texts), label, record)
 
 
-def parse_named(fields: tuple[str, ...], what: str, name: str, line: bytes) -> tuple[str, str]:
-    """What a line holds in `fields`, joined by line ends, and its name; raises `BadLine`."""
-    record = parse_json(line)
-    found = [first_field(record, [field]) for field in fields]
-    if found == [None] * len(fields):
-        raise missing(record, fields)
-    string = "\n".join(part for part in found if part and part.strip())
-    if not string:
-        raise BadLine(f"the {what} is empty")
-    return string, label_field(record, name)
-
-
-class Texts:
-    """The strings of a benchmark by item number; a part is (records, which of a record's strings)."""
-
-    def __init__(self, *parts: tuple[Records, int]):
-        self.parts, self.starts = parts, np.cumsum([0, *(len(records) for records, _ in parts)])
-
-    def __call__(self, item: int) -> str:
-        part = np.searchsorted(self.starts, item, side="right") - 1
-        records, side = self.parts[part]
-        return records[item - self.starts[part]][side]
-
-
-class Items:
-    """`items(i)` is the sample of item i, <s> text </s>, cut after ctx tokens."""
-
-    def __init__(self, texts: Callable[[int], str], tokenizer: Tokenizer, ctx: int):
-        self.texts, self.tokenizer, self.ctx = texts, tokenizer, ctx
-
-    def __call__(self, item: int, epoch: int = 0) -> list[int]:
-        ids = window(self.tokenizer, self.texts(item), self.ctx - 2)
-        return [self.tokenizer.start, *ids, self.tokenizer.end]
-
-
-class Windows:
-    """Files of words with tags, cut between words into windows of at most ctx tokens.
-
-    `windows(i)` is (ids, targets) of window i, equally long: the target of a labelled word's first sub-token is
-    its label's number, that of anything else IGNORE. Windows without a labelled word are left out, so each
-    labelled word is in exactly one. A word is encoded with a space before it, and cut if it fills a window.
-
-    Args:
-        files: number -> (words, labels), the labels being strings or None.
-        numbers: of the files.
-        index: of each label; others are number 0, UNK.
-    """
-
-    def __init__(self, files: Callable[[int], tuple[list[str], list[str | None]]], numbers: Iterable[int],
-                 tokenizer: Tokenizer, ctx: int, index: dict[str, int]):
-        self.files, self.tokenizer, self.room, self.index = files, tokenizer, ctx - 2, index
-        self.cache: dict[str, list[int]] = {}
-        spans = array.array("q")  # file, first word, last word + 1
-        for number in progress(numbers, desc="cutting into windows", unit=" files"):
-            words, labels = files(int(number))
-            first = filled = 0
-            for i, length in enumerate([*map(len, self.encode(words)), self.room + 1]):
-                if filled + length > self.room:
-                    if any(label is not None for label in labels[first:i]):
-                        spans.extend((number, first, i))
-                    first, filled = i, 0
-                filled += length
-        self.spans = np.frombuffer(spans, np.int64).reshape(-1, 3)
-
-    def __len__(self) -> int:
-        return len(self.spans)
-
-    def encode(self, words: list[str]) -> list[list[int]]:
-        if len(self.cache) > 200_000:
-            self.cache.clear()
-        new = list({word for word in words if word not in self.cache})
-        for word, ids in zip(new, self.tokenizer.encode_many([" " + word for word in new])):
-            self.cache[word] = ids[:self.room] or [self.tokenizer.mask]
-        return [self.cache[word] for word in words]
-
-    def __call__(self, number: int, epoch: int = 0) -> tuple[list[int], list[int]]:
-        file, first, last = self.spans[number].tolist()
-        words, labels = self.files(file)
-        ids, targets = [self.tokenizer.start], [IGNORE]
-        for row, label in zip(self.encode(words[first:last]), labels[first:last]):
-            targets += [IGNORE if label is None else self.index.get(label, 0)] + [IGNORE] * (len(row) - 1)
-            ids += row
-        return [*ids, self.tokenizer.end], [*targets, IGNORE]
-
-
-class Split:
-    """One split of a benchmark: items to encode, and examples that are made of one or two of them.
-
-    texts       item -> its string; of tagging, file -> (words, labels)
-    examples    (n, k) int64: the k = 1 or 2 items of each example; of tagging, the files
-    labels      (n,) int64, of classification and pairs
-    query       (n,) int64, of retrieval: which query, from 0, the example's text is; each of its examples is right
-    candidates  of retrieval: the items that are ranked;  gold (n,) the place in them of each example's code
-    index       of tagging: the number of each label
-    row         example -> the JSON object that it is from;  candidate  of retrieval, a candidate's place -> its own
-    bytes       about how much text it is (`size`)
-    `prepare` adds `items`, and `distinct`: the items that evaluation encodes, each once.
-    """
-
-    def __init__(self, texts: Callable, examples: np.ndarray, labels: np.ndarray | None = None, *,
-                 query: np.ndarray | None = None, candidates: np.ndarray | None = None, gold: np.ndarray | None = None,
-                 index: dict[str, int] | None = None, row: Callable[[int], dict] | None = None,
-                 candidate: Callable[[int], dict] | None = None, size: int = 0):
-        self.texts, self.examples, self.labels, self.query, self.candidates = texts, examples, labels, query, candidates
-        self.gold, self.index, self.row, self.candidate, self.bytes = gold, index, row, candidate, size
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def prepare(self, tokenizer: Tokenizer, ctx: int) -> "Split":
-        """Cut and tokenise with this tokenizer, at most ctx tokens a side."""
-        self.pad = tokenizer.pad
-        if self.index is None:
-            self.items = Items(self.texts, tokenizer, ctx)
-        else:
-            self.items = Windows(self.texts, self.examples[:, 0], tokenizer, ctx, self.index)
-            self.examples = np.arange(len(self.items))[:, None]
-        parts = [self.examples.ravel()] + ([] if self.candidates is None else [self.candidates])
-        self.distinct = np.unique(np.concatenate(parts))
-        return self
-
-    def sample(self, example: int, epoch: int = 0):
-        """The one or two rows of ids of an example."""
-        rows = [self.items(item) for item in self.examples[example].tolist()]
-        if self.candidates is None:  # a pair has no order, and the longer side first pads less
-            rows.sort(key=len, reverse=True)
-        return tuple(rows) if len(rows) > 1 else rows[0]
-
-    def training(self, batch: int, lengths: list[int], seed: int) -> Batches:
-        """Shuffled batches of examples; of retrieval, an example's label is the item of its code."""
-        labels = self.labels if self.candidates is None else self.examples[:, 1]
-        return Batches(self.sample, np.arange(len(self.examples)), batch, lengths, self.pad, seed, labels=labels)
-
-    def each(self, batch: int, lengths: list[int]) -> Batches:
-        """Batches of the distinct items, each once."""
-        return Batches(self.items, self.distinct, batch, lengths, self.pad)
-
-    def strings(self, share: float) -> Iterator[str]:
-        """A share of the split's strings, chosen by a hash."""
-        items = self.examples.ravel() if self.index is not None else np.unique(self.examples)
-        for item in progress(items, desc="reading for the tokenizer", unit=" items", disable=sys.stderr.isatty()):
-            text = self.texts(int(item))
-            text = text if isinstance(text, str) else " ".join(text[0])
-            if share == 1 or zlib.crc32(text.encode()) < share * 2 ** 32:
-                yield text
-
-
-def unlabelled(name: str, records: Records, rows: np.ndarray) -> Split:
-    """Of records to predict for, without labels."""
-    if TASKS[name].kind == "tag":
-        return Split(records.__getitem__, rows[:, None], index={})
-    if TASKS[name].kind == "classify":
-        return Split(Texts((records, 0)), rows[:, None])
-    return Split(Texts((records, 0), (records, 1)), np.stack([rows, rows + len(records)], 1))
-
-
-def prediction_task(name: str) -> Benchmark:
-    """The task with all the names that a field with code or text may have."""
-    task = TASKS[name]
-    return task._replace(code=tuple(dict.fromkeys(task.code + CODE_FIELDS)),
-                         text=tuple(dict.fromkeys(task.text + TEXT_FIELDS)))
-
-
-def prediction_sources(paths: Iterable[str], name: str,
-                       longest: int = MAX_LINE) -> Iterator[tuple[str, Source, set[str]]]:
-    """(name, JSONL, fields not to print) of each thing to predict for; a source file becomes a line of JSONL."""
-    kind = TASKS[name].kind
-    for path in map(str, paths):
-        language = LANGUAGES.get(os.path.splitext(path)[1].lower())
-        folder = os.path.isdir(path) and any(source_files([path]))
-        if path == "-" or language is None and not folder:
-            for source in find_sources([path], longest):
-                yield source.name, source, set()
-            continue
-        if kind in ("pair", "retrieval") or kind == "tag" and language not in ("python", None):
-            raise Problem(f"{path}: a model for {name} needs JSONL with lines like {TASKS[kind].line}"
-                          + ", or Python files" * (kind == "tag"))
-        yield path, Source(path, spool_lines(file_rows(path, kind)), ""), {"code"}
-
-
-# what Python's parser and tokenizer raise at source that is wrong or nested too deeply
-UNPARSABLE = SyntaxError, ValueError, RecursionError, MemoryError, IndexError, tokenize.TokenError
-
-
-def file_rows(path: str, kind: str) -> Iterator[dict]:
-    """A record to predict for of each source file under `path`; says how many are empty, and so have none."""
-    empty = 0
-    for source, _language, relative in read_sources([path], ["python"] if kind == "tag" else ()):
-        name = os.path.join(path, relative) if os.path.isdir(path) else path
-        if kind == "tag":
-            try:
-                tokens = typed_tokens(source, always=True)[0]
-            except UNPARSABLE as error:
-                raise Problem(f"{name}: not Python that parses ({error or type(error).__name__})") from None
-            row = {"path": name, "tokens": tokens} if tokens else None
-        else:
-            row = {"path": name, "code": source} if source.strip() else None
-        if row:
-            yield row
-        empty += not row
-    if empty:
-        say(f"{path}: {empty:,} empty files have no prediction")
+def check_not_empty(texts: Iterable[str]) -> None:
+    """Raise `BadLine` where one of an example's texts is blank."""
+    if not all(text.strip() for text in texts):
+        raise BadLine("the text or code is empty")
 
 
 def digest(string: str) -> int:
@@ -1366,56 +1274,107 @@ def seeded_split(key: str) -> str:
     return "train" if place < 0.8 else "valid" if place < 0.9 else "test"
 
 
-def what_it_is_of(kind: str, parsed: tuple) -> str:
-    """The code of an example, whose copies must be in the same split; of a pair both, in no order."""
-    if kind == "tag":
-        return "\0".join(parsed[0])
-    if kind == "pair":
-        return "\0".join(sorted(parsed[:2]))
-    return parsed[kind == "retrieval"]
+class ArraySource(Source):
+    """A file that is one JSON array of objects, as its elements: a line each, with its place as `idx`."""
+
+    def lines(self, longest: int = MAX_LINE) -> Iterator[tuple[int, bytes | BadLine, int]]:
+        try:
+            elements = json.loads(read_text(self.path))
+            if not isinstance(elements, list) or not all(isinstance(element, dict) for element in elements):
+                raise ValueError("no array of objects")
+        except (ValueError, RecursionError) as error:
+            raise Problem(f"{self.name}: not JSON as published: {error}") from None
+        for number, element in enumerate(elements):
+            yield number + 1, json.dumps(element | {"idx": number}).encode(), 0
 
 
-def first_of(digests: np.ndarray) -> np.ndarray:
-    """For each element the number of the first one equal to it."""
-    _, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
-    return first[inverse]
+class CSVSource(Source):
+    """A table of StackSample (latin-1, bodies in HTML) as JSON lines: the questions, or the best answer to each.
+
+    An answer goes by the _id of its question. Of equally scored ones the first is taken, blank ones are left out.
+    """
+
+    def lines(self, longest: int = MAX_LINE) -> Iterator[tuple[int, bytes | BadLine, int]]:
+        if os.path.basename(self.path) == "Questions.csv":
+            for number, row in self.rows(longest, "Id", "Title", "Body"):
+                yield number, row if isinstance(row, BadLine) else json.dumps(
+                    {"_id": row[0], "title": row[1], "text": plain_text(row[2])}).encode(), 0
+            return
+        best: dict[str, tuple[int, int]] = {}  # question -> (score, line) of its best answer
+        for number, row in self.rows(longest, "ParentId", "Score", "Body"):
+            if not isinstance(row, BadLine) and not re.fullmatch(r"-?\d{1,9}", row[1]):
+                row = BadLine(f'the score "{row[1][:80]}" is no number')
+            if isinstance(row, BadLine):
+                yield number, row, 0
+            elif int(row[1]) > best.get(row[0], (-math.inf, 0))[0] and plain_text(row[2]):
+                best[row[0]] = int(row[1]), number
+        for number, row in self.rows(longest, "ParentId", "Score", "Body"):
+            if not isinstance(row, BadLine) and best.get(row[0], (0, 0))[1] == number:
+                yield number, json.dumps({"_id": row[0], "text": plain_text(row[2])}).encode(), 0
+
+    def rows(self, longest: int, *columns: str) -> Iterator[tuple[int, list[str] | BadLine]]:
+        """(line number, those columns) of each row, or what is wrong with it; raises `Problem`."""
+        csv.field_size_limit(longest)
+        with open(self.path, encoding="latin-1", newline="") as file:
+            rows = csv.reader(iter(partial(file.readline, longest + 1), ""), strict=True)
+            try:
+                header = next(rows, [])
+                header[:1] = [column.removeprefix("\xef\xbb\xbf") for column in header[:1]]  # a byte order mark
+                missing = next((column for column in columns if column not in header), None)
+                if missing:
+                    raise Problem(f"{self.name}:1: no column {missing}; the columns are {listed(header, 12) or 'none'}")
+                for row in filter(None, rows):
+                    yield rows.line_num, [row[header.index(column)] for column in columns] \
+                        if len(row) == len(header) else \
+                        BadLine(f"{len(row)} columns, where the header has {len(header)}")
+            except csv.Error as error:
+                raise Problem(f"{self.name}:{rows.line_num}: {error}") from None
 
 
-class Reader:
-    """The files of a benchmark as `splits`, a dict of `Split`, read as published.
+def plain_text(html_text: str) -> str:
+    """The text of StackOverflow's HTML: tags out, a line end where a block ends, entities resolved, code as it was."""
+    text = re.sub(r"<br ?/?>|</(?:p|li|td|th|tr|h\d|div|pre|blockquote)>", "\n", html_text)
+    return html.unescape(re.sub(r"</?[A-Za-z][^<>]*>|<!--.*?-->", "", text, flags=re.DOTALL)).strip()
+
+
+class Benchmark(Dataset):
+    """The files of a benchmark as published. An item is a distinct text, or of tagging a file of words.
 
     Args:
         name, path: the task; a folder with its files, or its one file.
         wanted: the splits to read; `required` are those that must be there.
         labels: of the model, where there is one; else they are the task's or those of the training split.
-        limit, skip_bad, longest: as for a corpus.
-    `sources` are the files read, `labels` the labels in order, `bad` counts the lines passed over. Raises `Problem`.
+        names: keep what the examples call themselves.
+        limit, skip_bad, longest: as for `Records`.
+    `sources` are the files read. `notes` says what a reader should know. Raises `Problem`.
     """
 
     def __init__(self, name: str, path: str, wanted: Iterable[str] = SPLITS, required: Iterable[str] = SPLITS[:2],
                  labels: list[str] | None = None, limit: int | None = None, skip_bad: bool = False,
-                 longest: int = MAX_LINE):
-        self.longest = longest
-        self.name, self.path, self.task, self.limit, self.skip_bad = name, Path(path), TASKS[name], limit, skip_bad
-        self.wanted, self.required, self.bad, self.notes = list(wanted), required, 0, ""
-        self.sources: dict[str, Source] = {}
-        self.splits: dict[str, Split] = {}
-        self.labels = list(labels or self.task.labels)
+                 longest: int = MAX_LINE, names: bool = False):
+        self.name, self.path, self.task = name, Path(path), TASKS[name]
+        self.limit, self.reading = limit, dict(skip_bad=skip_bad, longest=longest)
+        self.wanted, self.required, self.keep_names = list(wanted), list(required), names
+        self.labels, self.windows, self.notes = list(labels or self.task.labels), self.task.kind == "tag", []
+        self.sources: list[Source] = []
+        self.splits = {}
         if not self.path.exists():
             raise self.expected(f"{path}: no such file or folder")
-        has = set(os.listdir(path)) if self.path.is_dir() else set()
-        if self.name == "clone":
-            self.read_clone()
-        elif self.name == "devign" and "function.json" in has:
-            self.read_devign()
-        elif self.name == "sqa" and {"corpus.jsonl", "queries.jsonl"} & has:
-            self.read_beir()
-        elif self.name == "sqa" and {"Questions.csv", "Answers.csv"} & has:
-            self.read_rows([(None, self.spool_csv())])
+        has = {f for f in os.listdir(path) if (self.path / f).is_file()} if self.path.is_dir() else set()
+        if name == "clone":
+            self.read_tables([self.open("data.jsonl")], ("func",), "idx", self.clone_rows)
+        elif name == "devign" and "function.json" in has:
+            self.read_tables([ArraySource(*self.open("function.json"))], ("func",), "idx", self.devign_rows)
+        elif name == "sqa" and {"corpus.jsonl", "queries.jsonl"} & has:
+            self.read_tables([self.open("queries.jsonl"), self.open("corpus.jsonl")], ("title", "text"), "_id",
+                             self.beir_rows)
+        elif name == "sqa" and {"Questions.csv", "Answers.csv"} & has:
+            self.read_tables([CSVSource(*self.open(f"{table}.csv")) for table in ("Questions", "Answers")],
+                             ("title", "text"), "_id", self.stacksample_rows)
         else:
-            self.read_rows(self.find_rows(has))
-        for split in required:
-            if not len(self.splits.get(split, ())):
+            self.read_examples(self.find_files(has))
+        for split in self.required:
+            if not len(self.splits.get(split, Split(np.empty(0))).examples):
                 raise self.no_split(split)
 
     def expected(self, what: str) -> Problem:
@@ -1430,66 +1389,45 @@ class Reader:
         other = " (--split valid scores the validation split)" if split == "test" else ""
         return self.expected(f"{self.path}: there is no {split} split{other}")
 
-    def open(self, file: str | os.PathLike) -> Source:
+    def open(self, file: str) -> Source:
         """A file of the benchmark, which is noted among the sources."""
         path = self.path / file if self.path.is_dir() else self.path
-        if not path.exists():
-            raise self.expected(f"{path}: no such file")
+        if not path.exists() or file != path.name and self.path.is_file():
+            raise self.expected(f"{path}: no such file" if not path.exists() else f"{path} is a file, not a folder")
         if not path.is_file():
             raise Problem(f"{path} is no plain file: a benchmark is read more than once")
-        source = open_source(str(path), self.longest)
-        self.sources[source.name] = source
+        source = open_source(str(path))
+        self.sources += [source] if source not in self.sources else []
         return source
 
-    def named(self, source: Source, fields: tuple[str, ...], what: str, name: str) -> tuple[Records, dict[str, int]]:
-        """The records of a file and the number of each by its name, which the field `name` holds."""
-        numbers: dict[str, int] = {}
+    def texts(self) -> Iterator[object]:
+        for _, example in self.records:
+            if self.windows:
+                yield example.texts, example.label
+            else:
+                yield from example.texts
 
-        def note(_source: int, _line: bytes, parsed: tuple[str, str]) -> None:
-            if parsed[1] in numbers:
-                raise BadLine(f"the {name} {parsed[1][:80]} is there already")
-            numbers[parsed[1]] = len(numbers)
+    def strings(self, text: object) -> list[str]:
+        return [" ".join(text[0])] if self.windows else [text]
 
-        records = Records([source], partial(parse_named, fields, what, name), skip_bad=self.skip_bad, note=note)
-        self.bad += records.bad
-        return records, numbers
-
-    def rows(self, file: str, parse: Callable[[int, list[str]], object]) -> list:
-        """What `parse` makes of the fields of each line of a text file, if there is one; it raises `BadLine`."""
-        if not (self.path / file).exists():
-            return []
-        source, found = self.open(file), []
-        for number, _offset, line in lines(source.path, source.longest):
-            if len(found) == self.limit:
-                break
-            try:
-                check_length(line, source.longest)
-                row = parse(number, line.decode("utf-8-sig", "replace").rstrip("\r\n").split("\t"))
-            except BadLine as error:
-                self.bad_line(source, number, error)
-                continue
-            if row is not None:
-                found.append(row)
-        return found
-
-    def bad_line(self, source: Source, number: int, what: object) -> None:
-        """A bad line of a file that is no JSONL: the end, or passed over."""
-        if not self.skip_bad:
-            raise Problem(f"{source.name}:{number}: {what}")
-        self.bad += 1
+    def description(self) -> str:
+        parts = [f"{len(split.examples):,} {name}" for name, split in self.splits.items()]
+        parts += [f"{len(split.candidates):,} candidates for {name}" for name, split in self.splits.items()
+                  if split.candidates is not None and name != "train"]
+        return "; ".join([", ".join(parts), *self.notes])
 
     # -- JSONL, an example a line
 
-    def find_rows(self, has: set[str]) -> list[tuple[str | None, Source]]:
+    def find_files(self, has: set[str]) -> list[tuple[str | None, Source]]:
         """(split, file) of each file that is read; the split is None of one that holds all of them."""
         if not self.path.is_dir():
-            return [(None, self.open(self.path))]
-        has = {file for file in has if os.path.isfile(self.path / file)}
-        ending = r"\.jsonl(\.gz)?"
+            return [(None, self.open(self.path.name))]
+        has = {file for file in has if visible(file)}
+        ending = r"\.jsonl(\.gz|\.bz2|\.xz)?"
         found = {split: sorted(f for f in has if re.fullmatch(split + r"\d*" * (split == "train") + ending, f))
                  for split in SPLITS}
         if not any(found.values()):
-            one = sorted(f for f in has if re.search(r"\.jsonl?(\.gz)?$", f) and not is_log(str(self.path / f)))
+            one = sorted(f for f in has if JSON_LINES.fullmatch(f) and not is_log(str(self.path / f)))
             if len(one) != 1:
                 raise self.expected(f"{self.path}: no train.jsonl there"
                                     + (f", and more than one other file: {listed(one)}" if one else ""))
@@ -1498,74 +1436,97 @@ class Reader:
             if not found[split]:
                 raise self.no_split(split)
         return [(split, self.open(file)) for split, files in found.items() for file in files
-                if split in self.wanted or self.task.whole]
+                if split in self.wanted or self.task.all_candidates]
 
-    def read_rows(self, files: list[tuple[str | None, Source]]) -> None:
+    def read_examples(self, files: list[tuple[str | None, Source]]) -> None:
+        """The splits of files that have an example a line."""
         kind, given = self.task.kind, bool(self.labels)
-        if not files:
-            return
-        self.vocabulary()
-        tags: Counter[str] = Counter()
-        labels, digests, places = [], array.array("Q"), bytearray()
-        known = set(self.labels)
-
-        def note(source: int, line: bytes, parsed: tuple) -> None:
-            split = files[source][0] or seeded_split(what_it_is_of(kind, parsed))
-            if kind == "tag" and split == "train" and not self.labels:
-                tags.update(label for label in parsed[1] if label is not None)
+        self.read_vocabulary()
+        self.records = Records([source for _, source in files], partial(parse_example, self.task), self.limit,
+                               **self.reading)
+        known, tags, labels, records = set(self.labels), Counter(), [], []
+        digests, splits = array.array("Q"), bytearray()
+        for place, example in self.records:
+            split = SPLITS.index(files[place][0] or seeded_split(self.stays_together(example)))
+            if kind == "tag" and split == 0 and not self.labels:
+                tags.update(label for label in example.label if label is not None)
             if kind in ("classify", "pair"):
                 # the training split comes first, and has all the labels there are
-                if files[source][0] in SPLITS[1:] and not known:
+                if files[place][0] in SPLITS[1:] and not known:
                     known.update(labels)
-                if known and parsed[-1] not in known:
-                    raise BadLine(f'the label "{parsed[-1][:80]}" is none of those trained on, which are '
-                                  f"{listed(sorted(known), 12)}")
-                labels.append(parsed[-1])
-            if kind in ("retrieval", "pair"):
-                digests.extend(map(digest, parsed[:2]))
-            places.append(SPLITS.index(split))
-
-        records = Records([source for _, source in files], partial(parse_example, self.task), self.limit, self.skip_bad,
-                          note)
-        self.bad += records.bad
+                if known and example.label not in known:
+                    self.records.reject(BadLine(f'the label "{example.label[:80]}" is none of those trained on, which '
+                                                f"are {listed(sorted(known), 12)}"))
+                    split = len(SPLITS)
+            labels.append(None if kind == "tag" else example.label)
+            records.append(example.record if self.keep_names and split < len(SPLITS) else None)
+            digests.extend([len(splits)] if kind == "tag" else map(digest, example.texts))
+            splits.append(split)
+            self.bytes += sum(map(len, example.texts))
+        self.bad = self.records.bad
+        n = len(splits)
+        if not n:
+            raise self.records.none_found()
+        where = listed(source.name for source in self.records.sources)
         if kind == "tag" and not self.labels:
             self.labels = [UNK] + ["any"] * (self.name == "typeinf")
             self.labels += [label for label, _ in tags.most_common(50_000) if label not in self.labels]
             if len(tags) < 2:
-                raise Problem(f"{listed(s.name for s in records.sources)}: the training split has the label "
-                              f"{listed(tags) or 'null'} alone: there is nothing to tell apart")
+                raise Problem(f"{where}: the training split has the label {listed(tags) or 'null'} alone: there is "
+                              "nothing to tell apart")
         elif kind == "classify" and not given:
             self.labels = sorted(set(labels), key=lambda x: (int(x) if x.isdecimal() and len(x) < 20 else math.inf, x))
             if len(self.labels) < 2:
-                raise Problem(f"{listed(s.name for s in records.sources)}: all examples have the same label, "
-                              f"{labels[0]}: there is nothing to tell apart")
-        index = {label: i for i, label in enumerate(self.labels)}
-        targets = np.array([index[label] for label in labels], np.int64)
-        # the two strings of each record, the first of equal ones standing for all: (2n,) item -> item
-        first = first_of(np.frombuffer(digests, np.uint64).reshape(-1, 2).T.ravel())
-        n = len(records)
+                raise Problem(f"{where}: all examples have the same label, {labels[0]}: there is nothing to tell apart")
+        items = self.items_of(digests).reshape(n, -1)
         for split in self.wanted:
-            rows = np.flatnonzero(np.frombuffer(places, np.uint8) == SPLITS.index(split))
-            if not len(rows):
-                continue
-            row, share = Row(records, rows), records.bytes * len(rows) // n
-            if kind == "tag":
-                found = Split(records.__getitem__, rows[:, None], row=row, size=share, index=index)
-            elif kind == "classify":
-                found = Split(Texts((records, 0)), rows[:, None], targets[rows], row=row, size=share)
-            elif kind == "pair":
-                found = Split(Texts((records, 0), (records, 1)), first.reshape(2, n).T[rows], targets[rows], row=row,
-                              size=share)
-            else:
-                # each text is a query of its own; a code that comes twice is encoded once and ranked twice
-                ranked = np.arange(n) if self.task.whole else rows
-                found = Split(Texts((records, 0), (records, 1)), np.stack([rows, first[n + rows]], 1),
-                              query=np.arange(len(rows)), candidates=first[n + ranked],
-                              gold=rows if self.task.whole else np.arange(len(rows)), row=row,
-                              candidate=Row(records, ranked), size=share)
-            self.splits[split] = found
+            rows = np.flatnonzero(np.frombuffer(splits, np.uint8) == SPLITS.index(split)).tolist()
+            if rows and kind == "retrieval":
+                ranked = range(n) if self.task.all_candidates else rows
+                self.add_retrieval(split, items[rows], [(row, name_of(records[row], i, "url", "idx", "_id"))
+                                                        for i, row in enumerate(rows)],
+                                   {items[row, 1]: name_of(records[row], i, "idx", "_id")
+                                    for i, row in reversed([*enumerate(ranked)])})
+            elif rows:
+                self.add_split(split, items[rows], [labels[row] for row in rows],
+                               [name_of(records[row], i, "idx") for i, row in enumerate(rows)])
 
-    def vocabulary(self) -> None:
+    def stays_together(self, example: Example) -> str:
+        """The code of an example, whose copies must be in the same split; of a pair both, in no order."""
+        return "\0".join(sorted(example.texts) if self.task.kind == "pair" else
+                         example.texts[self.task.kind == "retrieval":])
+
+    def items_of(self, digests: array.array) -> np.ndarray:
+        """The item of each text by the digests of the texts: the number of the first that is equal."""
+        self.count = len(digests)
+        _, first, inverse = np.unique(np.frombuffer(digests, np.uint64), return_index=True, return_inverse=True)
+        if len(first) < len(inverse):
+            self.notes.append(f"{len(inverse) - len(first):,} texts that are equal to another are one with it")
+        return first[inverse]
+
+    def add_split(self, split: str, examples: np.ndarray, labels: list[str], names: list) -> None:
+        index = {label: number for number, label in enumerate(self.labels)}
+        self.splits[split] = Split(examples, None if self.windows else np.array([index[label] for label in labels]),
+                                   names)
+
+    def add_retrieval(self, split: str, examples: np.ndarray, queries: list[tuple], candidates: dict[int, object]) -> None:
+        """A split of (text, code) items: `queries` are (key, name) of the query of each example, where those with the
+        same key are one; `candidates` are the names of the items that are ranked.
+
+        What is right for a text is so for every query with an equal text.
+        """
+        right: dict[int, set[int]] = {}
+        for text, code in examples.tolist():
+            right.setdefault(text, set()).add(code)
+        texts = {query: text for query, text in zip(queries, examples[:, 0].tolist())}
+        ranked = sorted(candidates)
+        place = {item: i for i, item in enumerate(ranked)}
+        self.splits[split] = Split(
+            np.unique(examples, axis=0), queries=np.array([*texts.values()]), query_names=[name for _, name in texts],
+            candidates=np.array(ranked), candidate_names=[candidates[item] for item in ranked],
+            right=np.array([(i, place[code]) for i, text in enumerate(texts.values()) for code in sorted(right[text])]))
+
+    def read_vocabulary(self) -> None:
         """The tags of vocab_50000.txt, a line each, where it lies beside the files."""
         path = self.path / "vocab_50000.txt"
         if self.name != "typeinf" or self.labels or not path.is_file():
@@ -1579,184 +1540,213 @@ class Reader:
         if twice:
             raise Problem(f"{source.name}: {listed(map(repr, twice))} is there more than once")
 
-    # -- Devign: functions in one JSON array, splits as positions in it
+    # -- tables of named texts, and lines that refer to them by their names
 
-    def read_devign(self) -> None:
-        source = self.open("function.json")
-        try:
-            functions = json.loads(read_text(source.path, source.name))
-            if not isinstance(functions, list):
-                raise ValueError(f"{JSON_KIND.get(type(functions), 'a number')}, not an array of functions")
-            for i, function in enumerate(functions):
-                if not isinstance(function, dict):
-                    raise ValueError(f"element {i:,} is {JSON_KIND.get(type(function), 'a number')}, no function")
-        except (ValueError, RecursionError) as error:
-            raise Problem(f"{source.name}: not JSON as published: {error}") from None
-        # a line an element, so that file:line tells which one
-        path = spool_lines(function | {"idx": i} for i, function in enumerate(functions))
-        records, numbers = self.named(Source(source.name, path, "", source.longest), self.task.code, "code", "idx")
+    def read_tables(self, tables: list[Source], fields: tuple[str, ...], key: str,
+                    relation: Callable[[str, list[dict[str, int]], list], list[tuple]]) -> None:
+        """The splits of tables that have a text in `fields` and its name in the field `key`.
 
-        def parse(_number: int, fields: list[str]) -> tuple[int, int]:
-            if fields[0].strip() not in numbers:
-                raise BadLine(f'"{fields[0][:80]}" is no position in {source.name}, 0 to {len(functions) - 1:,}')
-            function = functions[int(fields[0])]
-            return numbers[fields[0].strip()], int(label_field(function, self.task.label, self.task.labels))
-
+        `relation(split, keys, labels)` gives (texts, label, name) of each example, the texts being numbers: those of
+        the names in a table are keys[table][name], the label beside a text is labels[number].
+        """
+        self.records = Records(tables, partial(parse_named, self.task, fields, key), **self.reading)
+        keys: list[dict[str, int]] = [{} for _ in tables]
+        digests, labels = array.array("Q"), []
+        for place, (texts, label, record) in self.records:
+            name = as_label(record[key])
+            if name in keys[place]:
+                self.records.reject(BadLine(f"the {key} {name[:80]} is there already"))
+            keys[place].setdefault(name, len(digests))
+            labels.append(label)
+            digests.append(digest(texts[0]))
+            self.bytes += len(texts[0])
+        self.bad = self.records.bad
+        if not len(digests):
+            raise self.records.none_found()
+        items = self.items_of(digests)
         for split in self.wanted:
-            found = np.array(self.rows(f"{split}.txt", parse), np.int64).reshape(-1, 2)
-            if len(found):
-                self.splits[split] = Split(Texts((records, 0)), found[:, :1], found[:, 1],
-                                           row=Row(records, found[:, 0]), size=records.bytes)
+            rows = relation(split, keys, labels)
+            if not rows:
+                continue
+            numbers, labels_, names = zip(*rows)
+            if self.task.kind == "retrieval":
+                self.add_retrieval(split, items[np.array(numbers)], [(name, name) for name in names],
+                                   {items[number]: name for name, number in reversed(keys[1].items())})
+            else:
+                self.add_split(split, items[np.array(numbers)], labels_, names)
 
-    # -- BigCloneBench: functions, and pairs of their idx
+    def rows(self, file: str, parse: Callable[[str], tuple | None]) -> list[tuple]:
+        """What `parse` makes of the lines of a text file, if there is one; it raises `BadLine`."""
+        if not (self.path / file).exists():
+            return []
+        known = len(self.sources)
+        records = Records([self.open(file)], lambda line: parse(line.decode("utf-8-sig", "replace").strip()),
+                          self.limit, **self.reading)
+        found = [row for _, row in records]
+        self.bad += records.bad if len(self.sources) > known else 0  # a file may be read for two splits
+        return found
 
-    def read_clone(self) -> None:
-        if self.path.is_file():
-            raise self.expected(f"{self.path} is a file, not a folder")
-        records, numbers = self.named(self.open("data.jsonl"), self.task.code, "code", "idx")
+    def devign_rows(self, split: str, keys: list[dict[str, int]], labels: list) -> list[tuple]:
+        """Devign: a line is a position in the array of functions."""
+        def parse(line: str) -> tuple:
+            if line not in keys[0]:
+                raise BadLine(f'"{line[:80]}" is the position of no function in function.json')
+            return [keys[0][line]], labels[keys[0][line]], int(line)
 
-        def parse(_number: int, fields: list[str]) -> tuple[int, int, int]:
-            fields = " ".join(fields).split()
-            if len(fields) != 3:
-                raise BadLine(f"{len(fields)} fields, where idx1, idx2 and label are expected")
-            for idx in fields[:2]:
-                if idx not in numbers:
-                    raise BadLine(f"no function in data.jsonl has the idx {idx[:80]}")
-            if fields[2] not in self.task.labels:
-                raise BadLine(f'the label "{fields[2][:80]}" is neither 0 nor 1')
-            return numbers[fields[0]], numbers[fields[1]], int(fields[2])
+        return self.rows(f"{split}.txt", parse)
 
-        for split in self.wanted:
-            found = np.array(self.rows(f"{split}.txt", parse), np.int64).reshape(-1, 3)
-            if len(found):
-                self.splits[split] = Split(Texts((records, 0)), found[:, :2], found[:, 2], size=records.bytes,
-                                           row=PairRow(list(numbers), found[:, :2]))
+    def clone_rows(self, split: str, keys: list[dict[str, int]], _labels: list) -> list[tuple]:
+        """BigCloneBench: a line is idx1, idx2, label."""
+        def parse(line: str) -> tuple:
+            *names, label = line.split()
+            if len(names) != 2:
+                raise BadLine(f"{len(line.split())} fields, where idx1, idx2 and label are expected")
+            for name in names:
+                if name not in keys[0]:
+                    raise BadLine(f"no function in data.jsonl has the idx {name[:80]}")
+            if label not in self.task.labels:
+                raise BadLine(f'the label "{label[:80]}" is neither 0 nor 1')
+            return [keys[0][name] for name in names], label, tuple(names)
 
-    # -- StackOverflow questions and answers: CoIR's BEIR files, Kaggle's CSV
+        return self.rows(f"{split}.txt", parse)
 
-    def read_beir(self) -> None:
-        queries, query_names = self.named(self.open("queries.jsonl"), ("title", "text"), "question", "_id")
-        documents, names = self.named(self.open("corpus.jsonl"), ("title", "text"), "answer", "_id")
-
-        def parse(number: int, fields: list[str]) -> tuple[str, int, int] | None:
+    def beir_rows(self, split: str, keys: list[dict[str, int]], _labels: list) -> list[tuple]:
+        """BEIR: a line is query-id, corpus-id, score, tabs between them; without a validation split a tenth of the
+        training queries is one, by a hash."""
+        def parse(line: str) -> tuple | None:
+            names = line.split("\t")
+            if names[-1] == "score":
+                return None  # the header
             try:
-                score = int(fields[2]) if len(fields) == 3 else None
+                score = float(names[2]) if len(names) == 3 else math.nan
             except ValueError:
-                if number == 1:
-                    return None  # the header
-                score = None
-            if score is None:
+                score = math.nan
+            if math.isnan(score):
                 raise BadLine("not query-id, tab, corpus-id, tab, score")
-            if fields[0] not in query_names:
-                raise BadLine(f"no query in queries.jsonl has the _id {fields[0][:80]}")
-            if fields[1] not in names:
-                raise BadLine(f"no text in corpus.jsonl has the _id {fields[1][:80]}")
-            return (fields[0], query_names[fields[0]], names[fields[1]]) if score > 0 else None
+            for name, table, file in zip(names, keys, ("queries.jsonl", "corpus.jsonl")):
+                if name not in table:
+                    raise BadLine(f"no text in {file} has the _id {name[:80]}")
+            return ([keys[0][names[0]], keys[1][names[1]]], None, names[0]) if score > 0 else None
 
-        files = {split: f"qrels/{split}.tsv" for split in SPLITS}
-        if not (self.path / files["valid"]).exists():
-            files["valid"] = "qrels/dev.tsv"  # BEIR's own name
-        published = (self.path / files["valid"]).exists()
-        pairs = {split: self.rows(file, parse) for split, file in files.items()
-                 if split in self.wanted or split == "train" and not published}
-        if not published:
-            self.notes = "the validation split is a tenth of the training queries, by a hash"
-            pairs["valid"] = [pair for pair in pairs["train"] if seeded_split(pair[0]) == "valid"]
-            pairs["train"] = [pair for pair in pairs["train"] if seeded_split(pair[0]) != "valid"]
-        for split in self.wanted:
-            if pairs[split]:
-                found = np.unique([pair[1:] for pair in pairs[split]], axis=0)
-                self.splits[split] = Split(
-                    Texts((queries, 0), (documents, 0)), found + [0, len(queries)], gold=found[:, 1],
-                    query=np.unique(found[:, 0], return_inverse=True)[1],
-                    candidates=len(queries) + np.arange(len(documents)), row=Row(queries, found[:, 0]),
-                    candidate=Row(documents, np.arange(len(documents))), size=queries.bytes + documents.bytes)
+        published = next((name for name in ("valid", "dev") if (self.path / f"qrels/{name}.tsv").exists()), None)
+        if split == "test" or published:
+            return self.rows(f"qrels/{published if split == 'valid' else split}.tsv", parse)
+        if split == "valid":
+            self.notes.append("the validation split is a tenth of the training queries, by a hash")
+        return [row for row in self.rows("qrels/train.tsv", parse)
+                if (seeded_split(row[2]) == "valid") == (split == "valid")]
 
-    def spool_csv(self) -> Source:
-        """Questions.csv and Answers.csv (latin-1, bodies in HTML) as JSONL: each question with its best answer."""
-        questions, answers = self.open("Questions.csv"), self.open("Answers.csv")
-        best: dict[str, tuple[int, int]] = {}  # question -> score of its best answer, and where in `bodies` that is
-        with tempfile.TemporaryFile() as bodies:
-            for line, (parent, score, body) in self.csv_rows(answers, "ParentId", "Score", "Body"):
-                if not re.fullmatch(r"-?\d{1,9}", score):
-                    self.bad_line(answers, line, f'the score "{score[:80]}" is no number')
-                elif int(score) > best.get(parent, (-math.inf, 0))[0]:
-                    best[parent] = int(score), bodies.tell()
-                    bodies.write(json.dumps(plain(body)).encode() + b"\n")
+    def stacksample_rows(self, split: str, keys: list[dict[str, int]], _labels: list) -> list[tuple]:
+        """StackSample: each question with its best-scored answer, split by a hash of the question's Id."""
+        return [([number, keys[1][name]], None, name) for name, number in keys[0].items()
+                if name in keys[1] and seeded_split(name) == split]
 
-            def joined() -> Iterator[dict]:
-                for line, (identity, title, body) in self.csv_rows(questions, "Id", "Title", "Body"):
-                    question = f"{title}\n{plain(body)}".strip()
-                    if not question:
-                        self.bad_line(questions, line, "the question is empty")
-                    elif identity in best:
-                        bodies.seek(best[identity][1])
-                        yield {"question": question, "answer": json.loads(bodies.readline()), "idx": identity}
+    # -- tagging
 
-            path = spool_lines(row for row in joined() if row["answer"])
-        if not os.path.getsize(path):
-            raise Problem(f"{questions.name}: none of its questions has an answer in {answers.name}")
-        self.notes = "each question with its best-scored answer"
-        return Source(questions.name, path, "", questions.longest)
+    def sequences(self, tokenizer: Tokenizer, ctx: int, wanted: np.ndarray, whole: bool) -> Iterator[Sequence]:
+        """Of files of words windows, cut between words; each labelled word is in exactly one.
 
-    def csv_rows(self, source: Source, *columns: str) -> Iterator[tuple[int, list[str]]]:
-        """(line number, those columns) of each row."""
-        csv.field_size_limit(source.longest)
-        with open(source.path, encoding="latin-1", newline="") as file:
-            pieces = iter(partial(file.readline, source.longest + 1), "")
-            rows = csv.reader(progress(pieces, desc=f"reading {source.name}", unit=" lines"), strict=True)
-            try:
-                header = next(rows, [])
-                header[:1] = [column.removeprefix("\xef\xbb\xbf") for column in header[:1]]  # a byte order mark
-                for column in columns:
-                    if column not in header:
-                        raise BadLine(f"no column {column}; the columns are {listed(header, 12) or 'none'}")
-                for row in rows:
-                    if len(row) == len(header):
-                        yield rows.line_num, [row[header.index(column)] for column in columns]
-                    elif row:
-                        self.bad_line(source, rows.line_num,
-                                      f"{len(row)} columns, where the header has {len(header)}")
-            except (csv.Error, BadLine) as error:
-                raise Problem(f"{source.name}:{rows.line_num}: {error}") from None
+        A word is encoded with a space before it, and cut if it fills a window. Its label stands at its first sub-token.
+        Windows without a labelled word are left out.
+        """
+        if not self.windows:
+            yield from super().sequences(tokenizer, ctx, wanted, whole)
+            return
+        index, room, cache = {label: number for number, label in enumerate(self.labels)}, ctx - 2, {}
+        for number, (words, labels) in zip(map(int, wanted), self.select(wanted)):
+            if len(cache) > 200_000:
+                cache.clear()
+            new = list({word for word in words if word not in cache})
+            for word, ids in zip(new, tokenizer.encode_many([f" {word}" for word in new])):
+                cache[word] = ids[:room] or [tokenizer.mask]
+            ids, tags = [tokenizer.start], []
+            for word, label in zip([*words, None], [*labels, None]):
+                if word is None or len(ids) - 1 + len(cache[word]) > room:
+                    if tags:
+                        yield Sequence(number, ids, tags=tags)
+                    ids, tags = [tokenizer.start], []
+                if word is not None:
+                    if label is not None:
+                        tags.append((len(ids), index.get(label, 0)))
+                    ids += cache[word]
 
 
-class Row:
-    """example -> the JSON object of its line."""
-
-    def __init__(self, records: Records, rows: np.ndarray):
-        self.records, self.rows = records, rows
-
-    def __call__(self, example: int) -> dict:
-        return parse_json(self.records.line(self.rows[example]))
-
-
-class PairRow:
-    """example -> the idx of its two functions."""
-
-    def __init__(self, names: list[str], examples: np.ndarray):
-        self.names, self.examples = names, examples
-
-    def __call__(self, example: int) -> dict:
-        one, two = self.examples[example]
-        return {"idx1": self.names[one], "idx2": self.names[two]}
+def parse_named(task: Task, fields: tuple[str, ...], key: str, line: bytes) -> Example:
+    """What a line holds in `fields`, joined by line ends, if it has a name in the field `key`; raises `BadLine`."""
+    record = parse_json(line)
+    found = [field(record, [name], required=False) for name in fields]
+    if found == [None] * len(fields):
+        field(record, fields)
+    text = "\n".join(part for part in found if part and part.strip())
+    check_not_empty([text])
+    field(record, [key], as_label)
+    label = field(record, [task.label], as_label) if task.kind == "classify" else None
+    if label is not None and label not in task.labels:
+        raise BadLine(f'the label "{label[:80]}" is none of those of the task, which are {listed(task.labels, 12)}')
+    return Example((text,), label, record)
 
 
-def spool_lines(rows: Iterable[dict]) -> str:
-    """A temporary JSONL file of the rows; returns its path."""
-    path = spool_path()
-    with open(path, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-    return path
+def name_of(record: dict | None, number: int, *fields: str) -> object:
+    """What a record calls itself: the first of the fields, else its number."""
+    return next((record[name] for name in fields if name in record), number) if record else number
 
 
-def plain(html_text: str) -> str:
-    """The text of StackOverflow's HTML: tags out, a line end where a block ends, entities resolved, code as it was."""
-    text = re.sub(r"<br ?/?>|</(?:p|li|td|th|tr|h\d|div|pre|blockquote)>", "\n", html_text)
-    return html.unescape(re.sub(r"</?[A-Za-z][^<>]*>|<!--.*?-->", "", text, flags=re.DOTALL)).strip()
+class Unlabelled(Benchmark):
+    """Examples in memory, to predict for."""
+
+    def __init__(self, examples: list[Example], kind: str):
+        self.records, self.sources = [(0, example) for example in examples], []
+        self.windows, self.labels = kind == "tag", [UNK]
+        width = 1 if self.windows else len(examples[0].texts)
+        self.count = len(examples) * width
+        self.splits = {"test": Split(np.arange(self.count).reshape(-1, width))}
 
 
-# ---- corpora of source trees ------------------------------------------------------------------------
+def read_dataset(name: str, paths: list[str], wanted: Iterable[str], required: Iterable[str] = SPLITS[:2],
+                 labels: list[str] | None = None, code_field: str | None = None, text_field: str | None = None,
+                 names: bool = False, whole: bool = False, **reading) -> Dataset:
+    """The data of a task; raises `Problem`.
+
+    Args:
+        paths: of mlm a corpus, the standard library where there is none; else the folder or file of the benchmark.
+        wanted, required, labels, names: as for `Benchmark`. `whole`, all that is held out of a corpus is evaluated.
+        code_field, text_field: as for `Corpus`. reading: limit, skip_bad and longest of `Records`.
+    """
+    if TASKS[name].kind != "mlm":
+        return Benchmark(name, paths[0], wanted, required, labels, names=names, **reading)
+    corpus = Corpus(find_sources(paths) if paths else [standard_library()], code_field, text_field,
+                    most_valid=None if whole else HELD_OUT, **reading)
+    corpus.splits = {split: corpus.splits[split] for split in wanted}
+    for split, found in corpus.splits.items():
+        if not len(found.examples):
+            raise Problem(f"{listed(source.name for source in corpus.sources)}: nothing is left for the {split} split: "
+                          "give more")
+    return corpus
+
+
+def examples_to_predict(paths: Iterable[str], name: str,
+                        longest: int = MAX_LINE) -> Iterator[tuple[str, Iterator[Example], set[str]]]:
+    """(name, examples, fields not to print) of each thing to predict for: JSONL, or source files and folders of them.
+
+    A field with code or text may have any of the known names. Raises `Problem`.
+    """
+    task = TASKS[name]
+    parse = partial(parse_example, task._replace(code=tuple(dict.fromkeys(task.code + CODE_FIELDS)),
+                                                 text=tuple(dict.fromkeys(task.text + TEXT_FIELDS))), labelled=False)
+    for path in map(str, paths):
+        language = language_of(path)
+        folder = os.path.isdir(path) and any(source_files([path]))
+        if path == "-" or not language and not folder:
+            for source in find_sources([path]):
+                yield source.name, (example for _, example in Records([source], parse, longest=longest)), set()
+        elif task.kind in ("pair", "retrieval") or task.kind == "tag" and language not in ("python", None):
+            raise Problem(f"{path}: a model for {name} needs JSONL with lines like {TASKS[task.kind].line}"
+                          + ", or Python files" * (task.kind == "tag"))
+        else:
+            yield path, (parse(json.dumps(row).encode()) for row in file_records(path, task.kind)), {"code"}
+
+
+# ---- source trees -----------------------------------------------------------------------------------
 
 LANGUAGES = {
     ".c": "c", ".h": "c", ".cc": "cpp", ".cpp": "cpp", ".cxx": "cpp", ".hpp": "cpp", ".hh": "cpp",
@@ -1767,29 +1757,32 @@ LANGUAGES = {
     ".rb": "ruby", ".rs": "rust", ".scala": "scala", ".sh": "shell", ".sql": "sql", ".swift": "swift",
     ".ts": "typescript", ".tsx": "typescript", ".zig": "zig",
 }
-NOT_SOURCES = {"__pycache__", "node_modules", "site-packages", "dist-packages"}
+INSTALLED = {"__pycache__", "node_modules", "site-packages", "dist-packages"}
 LARGEST_SOURCE = 1 << 20  # bytes; above it a file is generated or minified
+# what Python's parser and tokenizer raise at source that is wrong or nested too deeply
+UNPARSABLE = SyntaxError, ValueError, RecursionError, MemoryError, IndexError, tokenize.TokenError
+
+
+def language_of(path: str) -> str | None:
+    return LANGUAGES.get(os.path.splitext(path)[1].lower())
 
 
 def source_files(paths: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """(path, path in the tree or trees) of each source file, sorted, without hidden and installed folders."""
+    """(path, path in the tree or trees) of each source file, without hidden and installed folders."""
     paths = list(paths)
     for root in paths:
         if os.path.isfile(root):
             yield root, os.path.basename(root)
             continue
         above = os.path.dirname(os.path.realpath(root)) if len(paths) > 1 else root
-        for folder, folders, files in os.walk(root):
-            folders[:] = sorted(f for f in folders if f not in NOT_SOURCES and not f.startswith(".")
-                                and not os.path.exists(os.path.join(folder, f, "pyvenv.cfg")))
-            for file in sorted(files):
-                path = os.path.join(folder, file)
-                if os.path.splitext(file)[1].lower() in LANGUAGES and os.path.isfile(path):
-                    yield path, os.path.relpath(path, above)
+        for path in walk(root, lambda folder, name: name in INSTALLED
+                         or os.path.exists(os.path.join(folder, name, "pyvenv.cfg"))):
+            if language_of(path) and os.path.isfile(path):
+                yield path, os.path.relpath(path, above)
 
 
 def read_sources(paths: Iterable[str], languages: Iterable[str] = ()) -> Iterator[tuple[str, str, str]]:
-    """(source, language, path in the tree) of each source file under `paths`; says what was passed over.
+    """(source, language, path in the tree) of each source file under `paths`; says what was left out.
 
     Only of the given languages, where some are given. Raises `Problem` where there is nothing.
     """
@@ -1797,8 +1790,7 @@ def read_sources(paths: Iterable[str], languages: Iterable[str] = ()) -> Iterato
     for path in paths:
         if not os.path.exists(path):
             raise Problem(f"{path}: no such file or folder")
-    files = [(path, relative, LANGUAGES.get(os.path.splitext(path)[1].lower(), "unknown"))
-             for path, relative in source_files(paths)]
+    files = [(path, relative, language_of(path) or "unknown") for path, relative in source_files(paths)]
     files = [file for file in files if not languages or file[2] in languages]
     if not files:
         known = " ".join(ending for ending, language in LANGUAGES.items() if not languages or language in languages)
@@ -1811,42 +1803,14 @@ def read_sources(paths: Iterable[str], languages: Iterable[str] = ()) -> Iterato
             skipped[getattr(error, "strerror", None) or str(error)] += 1
             continue
         yield source, language, well_formed(relative)
-    say(f"{len(files):,} source files"
-        + "".join(f"; {count:,} left out: {reason}" for reason, count in sorted(skipped.items())))
-
-
-def build_corpus(paths: Iterable[str], out: io.BufferedWriter) -> None:
-    """Write the code under `paths` as JSONL: a record a Python function, a record a file otherwise.
-
-    A record has `code`, `docstring` where there is one (it is then not in the code), `language`, `path`
-    and, for a function, `name` and `line`. Code seen before is dropped. What was passed over is said.
-    """
-    seen: set[bytes] = set()
-    records = duplicates = 0
-    for source, language, path in read_sources(paths):
-        for record in cut_source(source, language):
-            record = {name: well_formed(v) if isinstance(v, str) else v for name, v in record.items()}
-            if not add(seen, record["code"]):
-                duplicates += 1
-                continue
-            line = json.dumps(record | {"language": language, "path": path}, ensure_ascii=False)
-            out.write(line.encode() + b"\n")
-            records += 1
-    say(f"{records:,} records; {duplicates:,} exact duplicates dropped")
-    if not records:
-        raise Problem(f"{', '.join(paths)}: the source files hold no code to take")
-
-
-def add(seen: set[bytes], string: str) -> bool:
-    """Whether a string is new; it no longer is."""
-    key = blake2b(string.encode(), digest_size=16).digest()
-    return key not in seen and not seen.add(key)
+    info(f"{len(files):,} source files"
+         + "".join(f"; {count:,} left out: {reason}" for reason, count in sorted(skipped.items())))
 
 
 def read_source(path: str, language: str) -> str:
-    """The text of a source file, in the encoding that a Python file declares, otherwise UTF-8."""
+    """The text of a source file, in the encoding that a Python file declares, otherwise UTF-8; raises `BadLine`."""
     if os.path.getsize(path) > LARGEST_SOURCE:
-        raise BadLine(f"over {size(LARGEST_SOURCE)}")
+        raise BadLine(f"over {human_bytes(LARGEST_SOURCE)}")
     try:
         with tokenize.open(path) if language == "python" else open(path, encoding="utf-8-sig") as file:
             return file.read()
@@ -1854,16 +1818,42 @@ def read_source(path: str, language: str) -> str:
         raise BadLine("not text in UTF-8 or its declared encoding") from None
 
 
-def cut_source(source: str, language: str) -> Iterator[dict]:
+def build_corpus(paths: Iterable[str], out: BinaryIO) -> None:
+    """Write the code under `paths` as JSONL: a record a Python function, a record a file otherwise.
+
+    A record has `code`, `docstring` where there is one (it is then not in the code), `language`, `path`
+    and, for a function, `name` and `line`. Code seen before is dropped. What was left out is said.
+    """
+    seen: set[bytes] = set()
+    records = duplicates = 0
+    for source, language, path in read_sources(paths):
+        for record in cut_source(source, language):
+            record = {name: well_formed(v) if isinstance(v, str) else v for name, v in record.items()}
+            if not is_new(seen, record["code"]):
+                duplicates += 1
+                continue
+            line = json.dumps(record | {"language": language, "path": path}, ensure_ascii=False)
+            out.write(line.encode() + b"\n")
+            records += 1
+    info(f"{records:,} records; {duplicates:,} exact duplicates dropped")
+    if not records:
+        raise Problem(f"{', '.join(paths)}: the source files hold no code to take")
+
+
+def is_new(seen: set[bytes], text: str) -> bool:
+    """Whether a text is not among those seen, to which it is added."""
+    key = blake2b(text.encode(), digest_size=16).digest()
+    return key not in seen and not seen.add(key)
+
+
+def cut_source(source: str, language: str) -> list[dict]:
     """The records of one file: its functions if it is Python that parses, else the whole of it."""
     if language == "python":
         try:
-            yield from python_functions(source, parse_python(source))
-            return
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            return list(python_functions(source, parse_python(source)))
+        except UNPARSABLE:
             pass
-    if source.strip():
-        yield {"code": source}
+    return [{"code": source}] if source.strip() else []
 
 
 def parse_python(source: str) -> ast.Module:
@@ -1873,32 +1863,19 @@ def parse_python(source: str) -> ast.Module:
         return ast.parse(source)
 
 
-def positions(source: str) -> tuple[list[str], list[int], Callable[[int, int], int]]:
-    """The lines of a source, where each starts, and the index in it of an ast position."""
-    rows = re.findall(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+", source)  # what ends a line for ast
-    starts = np.cumsum([0, *map(len, rows)]).tolist()
+class Positions:
+    """The places in a source that its tree speaks of."""
 
-    def until(line: int, column: int) -> int:
-        """Of a line from 1 and a column in bytes of UTF-8."""
-        return starts[line - 1] + len(rows[line - 1].encode()[:column].decode())
+    def __init__(self, source: str):
+        self.rows = re.findall(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+", source)  # what ends a line for ast
+        self.starts = np.cumsum([0, *map(len, self.rows)]).tolist()
 
-    return rows, starts, until
+    def place(self, line: int, column: int) -> int:
+        """The index in the source of a line from 1 and a column in bytes of UTF-8."""
+        return self.starts[line - 1] + len(self.rows[line - 1].encode()[:column].decode())
 
-
-def docstring_place(source: str, node: ast.stmt, starts: list[int], until: Callable) -> tuple[int, int, str]:
-    """Where in the source a function's docstring begins and ends, and what is to stand there instead.
-
-    `starts` and `until` are from `positions(source)`.
-    """
-    literal = node.body[0]
-    begin, end = until(literal.lineno, literal.col_offset), until(literal.end_lineno, literal.end_col_offset)
-    if len(node.body) == 1:
-        return begin, end, "pass"
-    rest = re.compile(r"[ \t]*").match(source, end).end()
-    # the docstring's whole line goes, unless a statement or a comment shares it
-    if source.startswith("\n", rest) and not source[starts[literal.lineno - 1]:begin].strip():
-        return starts[literal.lineno - 1], rest + 1, ""
-    return begin, re.compile(r"[ \t]*;?[ \t]*").match(source, end).end(), ""
+    def span(self, node: ast.AST) -> tuple[int, int]:
+        return self.place(node.lineno, node.col_offset), self.place(node.end_lineno, node.end_col_offset)
 
 
 def python_functions(source: str, tree: ast.Module) -> Iterator[dict]:
@@ -1906,128 +1883,62 @@ def python_functions(source: str, tree: ast.Module) -> Iterator[dict]:
 
     A function inside a function stays part of that one. A body that was only a docstring becomes `pass`.
     """
-    def functions(body: list[ast.stmt], method: bool = False) -> Iterator[tuple[ast.stmt, bool]]:
-        for node in body:
-            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                yield node, method
-            else:
-                for field in ("body", "orelse", "finalbody", "handlers", "cases"):
-                    yield from functions(getattr(node, field, []), method or isinstance(node, ast.ClassDef))
-
-    rows, starts, until = positions(source)
-    for node, method in functions(tree.body):
+    positions, waiting = Positions(source), [(node, False) for node in reversed(tree.body)]
+    while waiting:
+        node, method = waiting.pop()
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            parts = (getattr(node, name, []) for name in ("body", "orelse", "finalbody", "handlers", "cases"))
+            waiting += [(child, method or isinstance(node, ast.ClassDef))
+                        for child in reversed([*itertools.chain(*parts)])]
+            continue
         first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
-        while node.decorator_list and not rows[first - 1].lstrip(" \t\f").startswith("@"):
+        while node.decorator_list and not positions.rows[first - 1].lstrip(" \t\f").startswith("@"):
             first -= 1  # a decorator in parentheses begins after its @
-        begin, end = starts[first - 1], until(node.end_lineno, node.end_col_offset)
+        begin, (_, end) = positions.starts[first - 1], positions.span(node)
         record = {"name": node.name, "line": first} | ({"method": True} if method else {})
         code, docstring = source[begin:end], ast.get_docstring(node)
         if docstring is not None:
-            a, b, instead = docstring_place(source, node, starts, until)
-            code = source[begin:a] + instead + source[b:end]
+            a, b = positions.span(node.body[0])
+            code = cut_literal(code, a - begin, b - begin, len(node.body) == 1)
             if docstring.strip():
                 record["docstring"] = docstring.strip()
-        indent = rows[first - 1][:len(rows[first - 1]) - len(rows[first - 1].lstrip(" \t\f"))]
+        row = positions.rows[first - 1]
+        indent = row[:len(row) - len(row.lstrip(" \t\f"))]
         if indent:
             code = re.sub(f"^{indent}", "", code, flags=re.MULTILINE)
         yield {"code": code} | record
 
 
-# ---- benchmarks of source trees ---------------------------------------------------------------------
-
-class Scope:
-    """A scope of Python: what it binds, and where it looks for what it does not (the reference's section 4.2)."""
-
-    def __init__(self, kind: str, parent: "Scope | None" = None, comprehension: bool = False):
-        self.kind, self.parent, self.comprehension = kind, parent, comprehension
-        self.bound: set[str] = set()
-        self.fixed: set[str] = set()      # bound by an import without `as`, whose name stays
-        self.outer: set[str] = set()      # declared nonlocal
-        self.globals: set[str] = set()
-
-    def binds(self, name: str) -> bool:
-        """Whether the name, used here, is a variable of the function (an attribute of a class is none)."""
-        scope = self
-        while scope:
-            if name in scope.globals:
-                return False
-            if name in scope.bound and name not in scope.outer and (scope is self or scope.kind != "class"):
-                return scope.kind == "function" and name not in scope.fixed
-            scope = scope.parent
-        return False
-
-
-def variables(function: ast.stmt, method: bool) -> Iterator[tuple[Scope, str, str, ast.AST]]:
-    """(scope, name, role, node) of each place in a function where a name may stand for a variable."""
-    found: list[tuple[Scope, str, str, ast.AST]] = []
-
-    def bind(scope: Scope, name: str, role: str, node: ast.AST) -> None:
-        scope.bound.add(name)
-        found.append((scope, name, role, node))
-
-    def visit(node: ast.AST | None, scope: Scope) -> None:
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
-            inner, a = Scope("function", scope), node.args
-            decorators, returns = getattr(node, "decorator_list", []), getattr(node, "returns", None)
-            for child in [*decorators, *a.defaults, *a.kw_defaults, returns]:
-                visit(child, scope)
-            if not isinstance(node, ast.Lambda):
-                bind(scope, node.name, "func", node)
-            for arg in [*a.posonlyargs, *a.args, a.vararg, *a.kwonlyargs, a.kwarg]:
-                if arg:
-                    visit(arg.annotation, scope)
-                    bind(inner, arg.arg, "arg", arg)
-            for child in node.body if isinstance(node.body, list) else [node.body]:
-                visit(child, inner)
-        elif isinstance(node, ast.ClassDef):
-            for child in [*node.decorator_list, *node.bases, *node.keywords]:
-                visit(child, scope)
-            bind(scope, node.name, "var", node)
-            inner = Scope("class", scope)
-            for child in node.body:
-                visit(child, inner)
-        elif isinstance(node, (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)):
-            inner = Scope("function", scope, comprehension=True)
-            visit(node.generators[0].iter, scope)
-            for i, generator in enumerate(node.generators):
-                for child in [generator.target, *([generator.iter] if i else []), *generator.ifs]:
-                    visit(child, inner)
-            for field in ("elt", "key", "value"):
-                visit(getattr(node, field, None), inner)
-        elif isinstance(node, ast.NamedExpr):
-            outside = scope
-            while outside.comprehension:
-                outside = outside.parent
-            visit(node.target, outside)
-            visit(node.value, scope)
-        elif isinstance(node, ast.Name):
-            if isinstance(node.ctx, ast.Load):
-                found.append((scope, node.id, "var", node))
-            else:
-                bind(scope, node.id, "var", node)
-        elif isinstance(node, ast.Global):
-            scope.globals.update(node.names)
-        elif isinstance(node, ast.Nonlocal):
-            scope.outer.update(node.names)
-            found.extend((scope, name, "var", node) for name in node.names)
-        elif isinstance(node, ast.alias):
-            if node.asname:
-                bind(scope, node.asname, "var", node)
-            else:
-                scope.bound.add(node.name.split(".")[0])
-                scope.fixed.add(node.name.split(".")[0])
+def file_records(path: str, kind: str) -> Iterator[dict]:
+    """A record to predict for of each source file under `path`; says how many are empty, and so have none."""
+    empty = 0
+    for source, _language, relative in read_sources([path], ["python"] if kind == "tag" else ()):
+        name = os.path.join(path, relative) if os.path.isdir(path) else path
+        try:
+            record = {"tokens": typed_tokens(source, always=True)[0]} if kind == "tag" else {"code": source.strip()}
+        except UNPARSABLE as error:
+            raise Problem(f"{name}: not Python that parses ({error or type(error).__name__})") from None
+        if any(record.values()):
+            yield {"path": name} | record | ({} if kind == "tag" else {"code": source})
         else:
-            name = getattr(node, "rest" if isinstance(node, ast.MatchMapping) else "name", None)
-            if name and isinstance(node, (ast.ExceptHandler, ast.MatchAs, ast.MatchStar, ast.MatchMapping)):
-                bind(scope, name, "var", node)
-            for child in ast.iter_child_nodes(node) if node else ():
-                visit(child, scope)
-
-    visit(function, Scope("class" if method else "function"))
-    return found
+            empty += 1
+    if empty:
+        info(f"{path}: {empty:,} empty files have no prediction")
 
 
-NAME_OF = {ast.Name: "id", ast.arg: "arg", ast.alias: "asname", ast.MatchMapping: "rest", ast.Nonlocal: "names"}
+# ---- generated benchmarks ---------------------------------------------------------------------------
+
+FUNCTION = ast.FunctionDef, ast.AsyncFunctionDef
+NAME_FIELD = {ast.Name: "id", ast.arg: "arg", ast.alias: "asname", ast.FunctionDef: "name", ast.AsyncFunctionDef: "name",
+              ast.ClassDef: "name", ast.ExceptHandler: "name", ast.MatchAs: "name", ast.MatchStar: "name",
+              ast.MatchMapping: "rest", ast.Nonlocal: "names"}  # where a node spells what may be a variable
+
+
+def scopes(table: symtable.SymbolTable) -> Iterator[symtable.SymbolTable]:
+    """The symbol tables of the scopes inside one."""
+    for child in table.get_children():
+        yield child
+        yield from scopes(child)
 
 
 def obfuscate(code: str, method: bool = False) -> str | None:
@@ -2035,66 +1946,88 @@ def obfuscate(code: str, method: bool = False) -> str | None:
 
     These are its own, its parameters', locals' and nested functions', where they stand for variables; attributes,
     callees' keywords, globals, strings, and what an import without `as` binds stay. In a `method` its own name, used
-    as a variable, is a global's. None where the result would not parse to the same tree up to these names, or an
-    import binds a parameter's name.
+    as a variable, is a global's. None where a name is a variable in one scope and none in another, or where the result
+    would not parse to the same tree up to these names.
     """
-    tree = parse_python(code)
-    if any(getattr(node, "type_params", None) for node in ast.walk(tree)):
+    tree, positions = parse_python(code), Positions(code)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # as `parse_python` does
+        table = symtable.symtable(code, "code", "exec")
+    own, nodes = tree.body[0], [node for node in ast.walk(tree) if hasattr(node, "lineno")]
+    itself = own.name
+    imported = {node.name.split(".")[0] for node in nodes if isinstance(node, ast.alias) and not node.asname}
+    imported.add("__class__")  # which the compiler binds in methods that mention it
+    variables, fixed = set(), {symbol.get_name() for symbol in table.get_symbols()} - {itself} | imported
+    calls_itself = table.lookup(itself).is_referenced()
+    for scope in scopes(table):
+        for symbol in scope.get_symbols():
+            bound = scope.get_type() != "class" and symbol.is_local() or symbol.is_free()
+            if symbol.is_parameter() or bound and symbol.get_name() not in imported:
+                variables.add(symbol.get_name())
+            elif symbol.get_name() == itself and symbol.is_global() and not symbol.is_declared_global():
+                calls_itself = True
+            else:
+                fixed.add(symbol.get_name())
+    clash = variables & fixed or itself in fixed or calls_itself and itself in variables
+    if clash or any(getattr(node, "type_params", None) for node in nodes):
         return None
-    _, _, until = positions(code)
 
-    def locate(node: ast.AST, name: str) -> int:
-        begin = until(node.lineno, node.col_offset)
-        if isinstance(node, (ast.Name, ast.arg)):
-            return begin
-        if isinstance(node, (ast.alias, ast.MatchAs, ast.MatchStar)):
-            return until(node.end_lineno, node.end_col_offset) - len(name)
-        if isinstance(node, ast.ExceptHandler):
-            begin = until(node.type.end_lineno, node.type.end_col_offset)
-            keyword = r"[\s)]*as\s+"
-        elif isinstance(node, ast.Nonlocal):
-            keyword = rf"nonlocal\b.*?\b(?={name}\b)"
-        elif isinstance(node, ast.MatchMapping):
-            keyword = rf".*\*\*\s*(?={name}\b)"
-        else:
-            keyword = r"(?:async\s+def|def|class)\s+"
-        found = re.compile(keyword, re.DOTALL).match(code, begin)
-        return found.end() if found else -1
+    def spelled(node: ast.AST) -> list[str]:
+        name = getattr(node, NAME_FIELD.get(type(node), ""), None) or []
+        return [name] if isinstance(name, str) else name
 
-    own = tree.body[0]
-    places = list(variables(own, method))
-    decorators = {id(node) for decorator in own.decorator_list for node in ast.walk(decorator)}
-    bound, taken = [], set()
-    for place in places:
-        scope, name, role, node = place
-        if node is own or scope.binds(name) or name == own.name and id(node) in decorators:  # @name.setter def name
-            bound.append(place)
-        elif role == "arg":
-            return None
-        else:
-            taken.add(name)
-    roles: dict[str, str] = {}
-    for _, name, role, node in sorted(bound, key=lambda place: (place[3].lineno, place[3].col_offset)):
-        roles[name] = role if roles.get(name, "var") == "var" else roles[name]
-    new, numbers = {}, {role: map(str, itertools.count()) for role in ("func", "arg", "var")}
+    roles: dict[str, str] = {}  # in the order in which the names come
+    for node in sorted(nodes, key=lambda node: (node.lineno, node.col_offset)):
+        role = "func" if isinstance(node, FUNCTION) else "arg" if isinstance(node, ast.arg) else "var"
+        for name in variables.intersection(spelled(node)) if node is not own else ():
+            roles[name] = role if roles.get(name, "var") == "var" else roles[name]
+    numbers = {role: map(str, itertools.count()) for role in ("func", "arg", "var")}
     numbers["func"] = itertools.chain([""], numbers["func"])
-    for name, role in {own.name: "func", **roles}.items():
-        new[name] = next(fresh for number in numbers[role] if (fresh := f"{role}{number}") not in taken)
+
+    def fresh(role: str) -> str:
+        return next(name for number in numbers[role] if (name := role + number) not in fixed)
+
+    own_name = fresh("func")
+    new = {name: fresh(role) for name, role in roles.items()}
+    decorators = {id(node) for decorator in own.decorator_list for node in ast.walk(decorator)}
     edits = set()
-    for _, name, _, node in bound:
-        start = locate(node, name)
-        if not code.startswith(name, start):
-            return None
-        edits.add((start, name))
-        field = NAME_OF.get(type(node), "name")
-        value = getattr(node, field)
-        setattr(node, field, [new[name] if v == name else v for v in value] if isinstance(value, list) else new[name])
-    for start, name in sorted(edits, reverse=True):
-        code = code[:start] + new[name] + code[start + len(name):]
+    for node in nodes:
+        for name in spelled(node):
+            recursive = name == itself and name not in variables and (not method or id(node) in decorators)
+            after = own_name if node is own or recursive else new.get(name)
+            if after is None or isinstance(node, FUNCTION + (ast.ClassDef,)) and name in fixed:
+                continue
+            start = locate_name(node, name, code, positions)
+            if not code.startswith(name, start):
+                return None
+            edits.add((start, name, after))
+            value = getattr(node, NAME_FIELD[type(node)])
+            setattr(node, NAME_FIELD[type(node)],
+                    after if isinstance(value, str) else [after if v == name else v for v in value])
+    for start, name, after in sorted(edits, reverse=True):
+        code = code[:start] + after + code[start + len(name):]
     try:
         return code if ast.dump(parse_python(code)) == ast.dump(tree) else None
     except (SyntaxError, ValueError):
         return None
+
+
+def locate_name(node: ast.AST, name: str, code: str, positions: Positions) -> int:
+    """Where in the code a node spells a name, -1 where that is not found."""
+    begin, end = positions.span(node)
+    if isinstance(node, (ast.Name, ast.arg)):
+        return begin
+    if isinstance(node, (ast.alias, ast.MatchAs, ast.MatchStar)):
+        return end - len(name)
+    keyword = r"(?:async\s+def|def|class)\s+"
+    if isinstance(node, ast.ExceptHandler):
+        begin, keyword = positions.span(node.type)[1], r"[\s)]*as\s+"
+    elif isinstance(node, ast.Nonlocal):
+        keyword = rf"nonlocal\b.*?\b(?={name}\b)"
+    elif isinstance(node, ast.MatchMapping):
+        keyword = rf".*\*\*\s*(?={name}\b)"
+    found = re.compile(keyword, re.DOTALL).match(code, begin)
+    return found.end() if found else -1
 
 
 def typed_tokens(source: str, always: bool = False) -> tuple[list[str], list[str | None], list[tuple[int, int]]]:
@@ -2169,68 +2102,50 @@ def build_benchmark(task: str, paths: Iterable[str], folder: str) -> None:
     for file in sorted(os.listdir(folder)) if os.path.exists(folder) else ():
         if re.fullmatch(r"(train\d*|valid|test)\.jsonl(\.gz)?|vocab_50000\.txt", file):
             raise Problem(f"{os.path.join(folder, file)} exists: remove it, or give another -o")
-    paths = list(paths)
-    seen: set[bytes] = set()
-    found: list[tuple[str, int, int]] = []  # path of the source, and where its records are in the spool
-    with tempfile.TemporaryFile() as spooled:
-        for source, _language, path in read_sources(paths, ["python"]):
-            begin = spooled.tell()
-            for record in benchmark_records(task, source, path):
-                same = (record["hidden"] or record["code"]) if task == "advtest" else "\0".join(record["tokens"])
-                if add(seen, same):
-                    spooled.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
-            if spooled.tell() > begin:
-                found.append((path, begin, spooled.tell()))
-        if len(found) < 3:
-            raise Problem(f"{', '.join(paths)}: only {len(found)} files with something to learn "
-                          f"({'functions with docstrings' if task == 'advtest' else 'annotations'}): "
-                          "three splits need more")
-        found.sort(key=lambda file: digest(file[0]))
-        tenth = max(1, len(found) // 10)
-        parts = {"test": found[:tenth], "valid": found[tenth:2 * tenth], "train": found[2 * tenth:]}
-        os.makedirs(folder, exist_ok=True)
-        types: Counter[str] = Counter()
-        home: dict[int, str] = {}  # of the text of a function, the split that has it
-        for split in SPLITS:
-            written = dropped = 0
-            with atomic(os.path.join(folder, f"{split}.jsonl")) as out:
-                for _path, begin, end in progress(parts[split], desc=f"writing {split}", unit=" files"):
-                    spooled.seek(begin)
-                    for line in spooled.read(end - begin).splitlines():
-                        record = json.loads(line)
-                        if task == "advtest":
-                            hidden = record.pop("hidden")
-                            if split != "train" and not hidden:
-                                dropped += 1
-                                continue
-                            record |= {"code": record["code"] if split == "train" else hidden, "idx": written}
-                        else:
-                            cut_functions(record, split, home)
-                            if not any(record["labels"]):
-                                dropped += 1
-                                continue
-                            if split == "train":
-                                types.update(label for label in record["labels"] if label is not None)
-                        out.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
-                        written += 1
-            say(f"{folder}/{split}.jsonl: {written:,} {'functions' if task == 'advtest' else 'files with types'} from "
-                f"{len(parts[split]):,} source files"
-                + (f"; {dropped:,} left out, " + ("whose names cannot be replaced" if task == "advtest" else
-                                                  "all of whose functions with types another split has")
-                   if dropped else ""))
-        if task == "typeinf":
+    paths, seen = list(paths), set()
+    files: list[tuple[str, list[dict]]] = []
+    for source, _language, path in read_sources(paths, ["python"]):
+        records = [record for record in benchmark_records(task, source, path)
+                   if is_new(seen, record.get("hidden") or record.get("code") or "\0".join(record["tokens"]))]
+        if records:
+            files.append((path, records))
+    if len(files) < 3:
+        raise Problem(f"{', '.join(paths)}: only {len(files)} files with something to learn "
+                      f"({'functions with docstrings' if task == 'advtest' else 'annotations'}): three splits need more")
+    files.sort(key=lambda file: digest(file[0]))
+    tenth = max(1, len(files) // 10)
+    parts = {"test": files[:tenth], "valid": files[tenth:2 * tenth], "train": files[2 * tenth:]}
+    os.makedirs(folder, exist_ok=True)
+    home: dict[int, str] = {}  # of the text of a function, the split that has it
+    for split in SPLITS:
+        found = [record for _, records in parts[split] for record in records]
+        rows = [row for record in found if (row := finish_record(record, split, home))]
+        with atomic(os.path.join(folder, f"{split}.jsonl")) as out:
+            for number, row in enumerate(rows):
+                row = row | {"idx": number} if task == "advtest" else row
+                out.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        reason = "whose names cannot be replaced" if task == "advtest" else "with types in no function of their own"
+        info(f"{folder}/{split}.jsonl: {len(rows):,} {'functions' if task == 'advtest' else 'files'} from "
+             f"{len(parts[split]):,} source files"
+             + (f"; {len(found) - len(rows):,} left out, {reason}" if len(rows) < len(found) else ""))
+        if split == "train" and task == "typeinf":
+            types = Counter(label for row in rows for label in row["labels"] if label is not None)
             names = [UNK, "Any"] + [name for name, _ in types.most_common() if name not in (UNK, "Any")]
             with atomic(os.path.join(folder, "vocab_50000.txt")) as out:
                 out.write("".join(f"{name}\n" for name in names[:50_000]).encode())
-            say(f"{len(types):,} types, {types.total():,} labels in train")
+            info(f"{len(types):,} types, {types.total():,} labels in train")
 
 
-def cut_functions(record: dict, split: str, home: dict[int, str]) -> None:
-    """Cut those functions out of a file's tokens and labels that another split has."""
+def finish_record(record: dict, split: str, home: dict[int, str]) -> dict | None:
+    """The record as its split has it: obfuscated, or without the functions that another split has; None if empty."""
+    if "hidden" in record:
+        hidden = record.pop("hidden")
+        return record if split == "train" else record | {"code": hidden} if hidden else None
     tokens, labels = record["tokens"], record["labels"]
     for begin, end in reversed(record.pop("functions")):
         if home.setdefault(digest("\0".join(tokens[begin:end])), split) != split:
             del tokens[begin:end], labels[begin:end]
+    return record if any(labels) else None
 
 
 def benchmark_records(task: str, source: str, path: str) -> Iterator[dict]:
@@ -2247,8 +2162,9 @@ def benchmark_records(task: str, source: str, path: str) -> Iterator[dict]:
             special = name.startswith("__") and name.endswith("__")
             if len(text.split()) < 3 or len(code.strip().splitlines()) < 3 or special or "test" in name.lower():
                 continue
-            parse_python(code)  # a string over several lines may have lost its indent, and more
-            yield {"docstring": well_formed(text), "code": well_formed(code), "url": f"{path}#L{function['line']}",
-                   "hidden": obfuscate(well_formed(code), function.get("method", False))}
+            with suppress(*UNPARSABLE):
+                parse_python(code)  # a string over several lines may have lost its indent, and more
+                yield {"docstring": well_formed(text), "code": well_formed(code), "url": f"{path}#L{function['line']}",
+                       "hidden": obfuscate(well_formed(code), function.get("method", False))}
     except UNPARSABLE:
         return

@@ -3,11 +3,15 @@ import io
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -20,7 +24,8 @@ ROOT = Path(codessm.__file__).resolve().parent
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 forkserver = multiprocessing.get_context("forkserver")  # imports torch, and what optimizers import, once
 forkserver.set_forkserver_preload(["codessm", "pytest", "torch._dynamo"])
-TINY = ["--size", "tiny", "--vocab", "400", "--ctx", "32", "--batch", "8", "--workers", "0"]
+TINY = ["--size", "tiny", "--vocab", "400", "--ctx", "32", "--batch", "8"]
+KINDS = ("mlm", "classify", "pair", "retrieval", "tag")
 
 
 def write_lines(path, records):
@@ -100,6 +105,40 @@ def wait_for(condition, process):
         time.sleep(0.01)
 
 
+@contextmanager
+def before_call(owner, name, number, act):
+    """In the block, `act(*arguments)` comes before one call of a function, numbered from 1. Gives a list of calls."""
+    original, calls = getattr(owner, name), []
+
+    def call(*args, **options):
+        calls.append(name)
+        if len(calls) == number:
+            act(*args)
+        return original(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, call)
+        yield calls
+
+
+def send(number):
+    """For `before_call`: a signal to the process itself."""
+    return lambda *_: os.kill(os.getpid(), number)
+
+
+def die(*_):
+    """For `before_call`: an end without any last word."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def weights(path):
+    return tasks.read(path)["weights"]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
 @pytest.fixture
 def compiler():
     """Skips where nothing can be compiled; begins without compilations, fails when dynamo stops compiling."""
@@ -131,6 +170,69 @@ def corpus(functions, tmp_path_factory):
 @pytest.fixture(scope="session")
 def tokenizer(corpus):
     return data.train_tokenizer(corpus, 600)
+
+
+class Case(NamedTuple):
+    """An objective of one of `KINDS` on real functions, with what trains and evaluates it."""
+    objective: tasks.Objective
+    dataset: data.Dataset
+    store: data.TokenStore
+    train: data.Batches
+    valid: data.Batches  # the distinct items of `split`
+    split: data.Split
+
+
+def rows_of(kind, functions):
+    """Lines of JSONL for a kind of task: the same function at times, equal texts, words of several sub-tokens."""
+    codes = [f["code"] for f in functions]
+    if kind == "mlm":
+        return functions
+    if kind == "classify":
+        return [{"code": code, "label": str(i % 2)} for i, code in enumerate(codes)]
+    if kind == "pair":
+        return [{"code1": code, "code2": codes[i * 7 % len(codes)], "label": i % 2} for i, code in enumerate(codes)]
+    if kind == "retrieval":
+        return [{"text": f["name"].replace("_", " "), "code": f["code"]} for f in functions]
+    return [{"tokens": words, "labels": [w if w in ("=", "if") else "other" if len(w) < 3 else None for w in words]}
+            for words in (code.split() for code in codes)]
+
+
+def write_case(folder, kind, functions):
+    """The files of a task: 40 functions to train on, 30 to evaluate, some of them the same."""
+    for split, some in {"train": functions[:40], "valid": functions[30:60]}.items():
+        write_lines(folder / f"{split}.jsonl", rows_of(kind, some))
+
+
+def read_case(folder, kind, tokenizer, ctx=64, batch=8, seed=0, **options):
+    """The `Case` of these files; the options are the encoder's."""
+    paths = [str(folder / f"{split}.jsonl") for split in ("train", "valid")] if kind == "mlm" else [str(folder)]
+    dataset = data.read_dataset(kind, paths, ("train", "valid"))
+    every = np.unique(np.concatenate([split.items() for split in dataset.splits.values()]))
+    store = data.tokenise(dataset, tokenizer, ctx, every, whole=True)
+    split = dataset.splits["valid"]
+    train, valid = (data.Batches(store, tokenizer, ctx, *rest) for rest in (
+        (dataset.splits["train"].examples, batch, seed, dataset.splits["train"].labels),
+        (split.items()[:, None], batch)))
+    torch.manual_seed(0)
+    encoder = codessm.Encoder(tokenizer.vocab, **dict(d=32, layers=2, N=4, ctx=ctx) | options)
+    return Case(tasks.OBJECTIVES[kind](encoder, tokenizer, kind, dataset.labels, ctx), dataset, store, train, valid,
+                split)
+
+
+@pytest.fixture(scope="session")
+def make_case(functions, tokenizer, tmp_path_factory):
+    """`make_case(kind)` is a `Case`: 40 functions to train on, 30 to evaluate; the options are those of `read_case`."""
+    def make(kind, **options):
+        folder = tmp_path_factory.mktemp(kind)
+        write_case(folder, kind, functions)
+        return read_case(folder, kind, tokenizer, **options)
+    return make
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """`--size tiny` is one layer of width 64, for what does not depend on the model; not in other processes."""
+    monkeypatch.setitem(codessm.SIZES, "tiny", dict(d=64, layers=1))
 
 
 @pytest.fixture

@@ -1,218 +1,254 @@
-"""Corpora, tokenizer, samples and batches."""
+"""Corpora, tokenizer, token store and batches."""
 import ast
+import bz2
 import gzip
 import importlib
 import io
 import itertools
 import json
+import lzma
 import os
-import subprocess
+import random
 import sys
-import pickle
 import threading
 import time
-from contextlib import closing
+import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tokenizers
 
 import data
-from conftest import ROOT, cli, forkserver, peak, write_lines
-from data import BadLine, Batches, Corpus, Problem, Samples
+from conftest import cli, forkserver, peak, rows_of, write_lines
+from data import BadLine, Batches, Corpus, Problem, Sequence, Source, TokenStore, field, separate_docstring
 
 
 def read(paths, **options):
     """(text, code) of every record, in order."""
-    corpus = Corpus(data.find_sources(paths), **options)
-    return [corpus[i] for i in range(len(corpus))]
+    return list(Corpus(data.find_sources(paths), **options).texts())
 
 
 # ---- what a line may be -----------------------------------------------------------------------------
 
 @pytest.fixture
-def parse():
-    corpus = Corpus.__new__(Corpus)
-    corpus.code_fields, corpus.text_fields, corpus.plain_text = data.CODE_FIELDS, data.TEXT_FIELDS, True
-    corpus.texts = 0
-    return lambda record: corpus.parse(record if isinstance(record, bytes) else json.dumps(record).encode())
+def parse(tmp_path):
+    """(text, code) of one line, which is an object or as it is spelt."""
+    return lambda record: read([write_lines(tmp_path / "line.jsonl", [record])])[0]
 
 
-@pytest.mark.parametrize("field", ["code", "content", "func_code_string", "whole_func_string", "func", "function",
-                                   "src", "original_string"])
-def test_code_fields(parse, field):
-    assert parse({"repo": "r", field: "x = 1"}) == ("", "x = 1")
-
-
-@pytest.mark.parametrize("field", ["docstring", "func_documentation_string", "nl", "doc", "query", "text"])
-def test_text_fields(parse, field):
-    assert parse({"code": "x = 1", field: "set x"}) == ("set x", "x = 1")
-
-
-def test_the_first_name_in_the_order_wins(parse):
-    assert parse({"src": "b", "code": "a", "text": "d", "docstring": "c"}) == ("c", "a")
+def test_lines(parse):
+    for name in ("code", "content", "func_code_string", "whole_func_string", "func", "function", "src",
+                 "original_string"):
+        assert parse({"repo": "r", name: "x = 1"}) == ("", "x = 1")
+    for name in ("docstring", "func_documentation_string", "nl", "doc", "query", "text"):
+        assert parse({"code": "x = 1", name: "set x"}) == ("set x", "x = 1")
+    assert parse({"src": "b", "code": "a", "text": "d", "docstring": "c"}) == ("c", "a")  # the first in this order
     assert parse({"code": None, "src": "b", "docstring": None, "nl": "n"}) == ("n", "b")
-
-
-def test_text_alone_is_code(parse):
-    assert parse({"text": "int x;"}) == ("", "int x;")
-
-
-def test_starcoder_prefix(parse):
-    assert parse({"content": "<reponame>a/b<filename>c/d.py<gh_stars>10-100\nx = 1\n"}) == ("", "x = 1\n")
+    assert parse({"text": "int x;"}) == ("", "int x;")  # text alone is code
+    assert parse(b'{"code": "x = \\"\\ud800\\""}') == ("", 'x = "?"')  # a lone surrogate
+    assert parse({"content": "<reponame>a/b<filename>c/d.py<gh_stars>10-100\nx = 1\n"}) == ("", "x = 1\n")  # StarCoder
     assert parse({"content": "<filename>d.py\nx = 1"}) == ("", "x = 1")
     assert parse({"content": "x = '<reponame>a'"}) == ("", "x = '<reponame>a'")
 
 
-@pytest.mark.parametrize("code, text, expected", [
-    ('def f():\n    """Add one."""\n    return 1\n', "Add one.", ("Add one.", "def f():\n    return 1\n")),
-    ("def f():\n    '''\n    Add\n    one.\n    '''\n    return 1", "Add\n    one.",
-     ("Add\n    one.", "def f():\n    return 1")),
-    ("# Add one.\nx += 1", "Add one.", ("", "# Add one.\nx += 1")),
-    ('def f(d):\n    return d["name"]\n', "name", ("", 'def f(d):\n    return d["name"]\n')),
-    ('x = "Hello"\ny = 1', "Hello", ("", 'x = "Hello"\ny = 1')),
-    ('def f():\n    r"""Add."""', "Add.", ("Add.", "def f():\n")),
-    ("x = 1", "Add one.", ("Add one.", "x = 1")),
-    ("x = 1", "  ", ("", "x = 1")),
-])
-def test_a_text_that_the_code_repeats_appears_once(parse, code, text, expected):
-    assert parse({"code": code, "docstring": text}) == expected
-
-
-def test_looking_for_a_repeated_text_is_linear(parse):
-    start = time.perf_counter()
-    parse({"code": " " * 1_000_000 + "text" + " " * 1_000_000, "docstring": "text"})
-    assert time.perf_counter() - start < 1
-
-
-def test_a_lone_surrogate_is_replaced(parse):
-    assert parse(b'{"code": "x = \\"\\ud800\\""}') == ("", 'x = "?"')
-
-
 @pytest.mark.parametrize("line, message", [
-    (b"nonsense", "not JSON: Expecting value at column 1"),
-    (b'{"code": "x"', "not JSON"),
-    (b"[" * 100_000, "not JSON"),
-    (b'{"n": ' + b"9" * 5000 + b"}", "not JSON"),
-    (b'["code"]', "an array, not a JSON object"),
-    (b"3", "a number, not a JSON object"),
-    (b"null", "null, not a JSON object"),
-    (b'{"cod": "x", "lang": "py"}', "no code field; the fields seen are: cod, lang"),
-    (b"{}", "the fields seen are: none"),
-    (b'{"code": ["x"]}', 'the field "code" is an array, not a string'),
-    (b'{"code": 3}', 'the field "code" is a number, not a string'),
-    (b'{"code": "x", "docstring": {}}', 'the field "docstring" is an object, not a string'),
-    (b'{"code": " \\n"}', "the code is empty"),
-    (b'{"code": "\xff"}', "invalid UTF-8 at byte 11"),
-])
+    (b"nonsense", "not JSON: .* at column 1"), (b'{"code": "x"', "not JSON"), (b"[" * 100_000, "not JSON"),
+    (b'{"n": ' + b"9" * 5000 + b"}", "not JSON"), (b'["code"]', "an array"), (b"3", "a number"), (b"null", "null"),
+    (b'{"cod": "x", "lang": "py"}', "no field .* seen are: cod, lang"), (b"{}", "seen are: none"),
+    (b'{"code": ["x"]}', '"code" is an array, not a string'), (b'{"code": 3}', '"code" is the number 3'),
+    (b'{"code": "x", "docstring": {}}', '"docstring" is an object'), (b'{"code": " \\n"}', "the code is empty"),
+    (b'{"code": "<filename>d.py\\n"}', "the code is empty"), (b'{"code": "\xff"}', "UTF-8 at byte 11"),
+    (b'{"\\u001b[2J\\r": 1}', r"\\x1b\[2J\\r")])  # (control characters are escaped)
 def test_bad_lines(parse, line, message):
-    with pytest.raises(BadLine, match=None) as error:
+    with pytest.raises(Problem, match=f"line.jsonl:1: .*{message}") as caught:
         parse(line)
-    assert message in str(error.value)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("kind, good, bad", [
+    (data.as_string, [("a", "a"), ("", ""), ("\ud800", "?")], [3, True, [], {}]),
+    (data.as_words, [(["a", "\ud800"], ["a", "?"]), ([], [])], ["a", ["a", 3], 3, {}]),
+    (data.as_list, [(["a", None, 3], ["a", None, 3])], ["a", {}, 3]),
+    (data.as_text, [(["a", "b"], "a b"), ("a b", "a b")], [["a", 3], 3, {}]),
+    (data.as_label, [("a", "a"), (3, "3"), (3.0, "3"), (True, "1")], [3.5, [], {}])])
+def test_kinds_of_fields(kind, good, bad):
+    """What each reads, and that the error names the field and what is wanted."""
+    for value, expected in good:
+        assert field({"a": None, "b": value}, ["a", "b"], kind) == expected
+    for record, message in (*(({"b": value}, f'"b" is .*not {kind.__doc__}') for value in bad),
+                            ({"c": 1}, 'no field "a" or "b"; the fields seen are: c'), ({"b": None}, '"b" is null')):
+        with pytest.raises(BadLine, match=message):
+            field(record, ["a", "b"], kind)
+    assert field({"b": None}, ["a", "b"], kind, required=False) is None
+
+
+DEF, RETURN = "def f():\n    ", "    return 1\n"
+
+
+@pytest.mark.parametrize("text, code, expected", [
+    ("Add one.", DEF + '"""Add one."""\n' + RETURN, ("Add one.", "def f():\n" + RETURN)),
+    ("Add\n    one.", DEF + "'''\n    Add\n    one.\n    '''\n" + RETURN, ("Add\n    one.", "def f():\n" + RETURN)),
+    ("Add.", DEF + 'r"""Add."""', ("Add.", "def f():\n    pass")),
+    ("Add.", DEF + '"""Add. \\""" and "more"."""\n' + RETURN, ("Add.", "def f():\n" + RETURN)),
+    ("Add one.", "x = 1", ("Add one.", "x = 1")),
+    ("  ", "x = 1", ("", "x = 1")),
+    *((text, code, ("", code)) for text, code in (
+        ("Add one.", "# Add one.\nx += 1"), ("name", 'def f(d):\n    return d["name"]\n'), ("Hello", 'x = "Hello"\ny'),
+        ("Add.", DEF + '"""Add.""" + """2"""\n' + RETURN), ("Add.", DEF + "'Add.' + '2'\n"),
+        ("text", " " * 1_000_000 + "text" + " " * 1_000_000), ("text", DEF + " " * 100_000 + "text"),
+        ("text", ':\n"""a""" x\n' * 50_000 + "text"), ("text", ":#" * 100_000 + "text"),
+        ("text", ':\n"""' + "'''\"" * 100_000 + "text")))],
+    ids=map(str, range(16)))
+def test_a_text_that_the_code_repeats_appears_once(parse, text, code, expected):
+    """In linear time."""
+    start = time.perf_counter()
+    assert separate_docstring(text, code) == parse({"code": code, "docstring": text}) == expected
+    assert time.perf_counter() - start < 5
 
 
 # ---- where a corpus may be --------------------------------------------------------------------------
 
-A, B, C = ({"code": f"{name} = 1"} for name in "abc")
-CODE = {name: ("", f"{name} = 1") for name in "abc"}
+A, B, C, D = (json.dumps({"code": f"{name} = 1"}).encode() for name in "abcd")
+a, b, c, d = ([("", f"{name} = 1")] for name in "abcd")
+LINES = A + b"\n\n" + B + b"\r\n  \n" + C
+MANY = b"".join(b'{"code": "x = %d"}\n' % i for i in range(2000))
 
 
-def test_files_folders_and_globs(tmp_path):
-    (tmp_path / "sub").mkdir()
-    first, second = write_lines(tmp_path / "1.jsonl", [A]), write_lines(tmp_path / "2.jsonl", [b"", B, b"  "])
-    with gzip.open(tmp_path / "sub" / "3.jsonl.gz", "wb") as file:
-        file.write(json.dumps(C).encode())  # and no line end
-    (tmp_path / "notes.txt").write_text("not a corpus")
-    assert read([second, first]) == [CODE["b"], CODE["a"]]
-    assert read([tmp_path]) == [CODE["a"], CODE["b"], CODE["c"]]
-    assert read([f"{tmp_path}/*.jsonl"]) == [CODE["a"], CODE["b"]]
-    assert read([f"{tmp_path}/**/*.jsonl*"]) == [CODE["a"], CODE["b"], CODE["c"]]
-    assert read([first, tmp_path, f"{tmp_path}/./1.jsonl"]) == [CODE["a"], CODE["b"], CODE["c"]]
+def archive(members):
+    with zipfile.ZipFile(file := io.BytesIO(), "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return file.getvalue()
 
 
-def test_a_pipe(tmp_path):
+def test_formats(tmp_path, monkeypatch):
+    """Told by what is in a file, a pipe, or standard input, whatever it is called."""
+    zipped = archive({"sub/1.jsonl": A, "sub/2.json.gz": gzip.compress(B + b"\n" + C), "notes.txt": "no", "e.json": "",
+                      "__MACOSX/1.jsonl": "what macOS adds", ".hidden/1.jsonl": "x", "sub/.1.jsonl": "x"})
     os.mkfifo(tmp_path / "pipe")
-    threading.Thread(target=write_lines, args=(tmp_path / "pipe", [A, B])).start()
-    assert read([tmp_path / "pipe"]) == [CODE["a"], CODE["b"]]
+    for content in (LINES, gzip.compress(LINES), gzip.compress(LINES[:30]) + gzip.compress(LINES[30:]),
+                    bz2.compress(LINES), lzma.compress(LINES), zipped):
+        (tmp_path / "corpus").write_bytes(content)
+        threading.Thread(target=(tmp_path / "pipe").write_bytes, args=[content], daemon=True).start()
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(content)))
+        assert read([tmp_path / "corpus"]) == read([tmp_path / "pipe"]) == read(["-"]) == a + b + c
+    assert [source.name.removeprefix(f"{tmp_path}/") for source in data.find_sources([tmp_path / "corpus"])] == [
+        "corpus/sub/1.jsonl", "corpus/sub/2.json.gz", "corpus/e.json"]
 
 
-def test_spooled_corpora_are_announced_and_removed_at_exit(tmp_path):
-    with gzip.open(tmp_path / "c.jsonl.gz", "wb") as file:
-        file.write(json.dumps(A).encode() + b"\n")
-    script = "import data, sys; print(data.find_sources(sys.argv[1:])[0].path)"
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "c.jsonl.gz")], cwd=ROOT, text=True,
-                          capture_output=True, check=True)
-    assert "18 bytes decompressed into" in done.stderr
-    assert done.stdout.strip().endswith(".jsonl") and not os.path.exists(done.stdout.strip())
+def test_files_folders_globs_and_links(tmp_path):
+    """Hidden files, those of macOS, empty ones and metrics logs are passed over; each file comes once."""
+    root, first = tmp_path / "in", tmp_path / "in/1.jsonl"
+    for name, line in {"1.jsonl": A, "2.json": B, "sub/3.jsonlines": C, "../out/d.jsonl": D, "empty.jsonl": b"",
+                       "log.jsonl": b'{"step": 1, "loss": 2}', **dict.fromkeys(
+                           ("notes.txt", ".hidden.jsonl", ".git/1.jsonl", "__MACOSX/1.jsonl"), b"x")}.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(line)
+    assert read([root]) == read([first, root, f"{root}/./1.jsonl"]) == read([f"{root}/**/*.json*"]) == a + b + c
+    assert read([root / "2.json", first]) == b + a and read([f"{root}/*.json*"]) == a + b
+    for name, target in {"1.jsonl": first, "out": tmp_path / "out", "loop1": root, "loop2": root, "n.jsonl": "nowhere"
+                         }.items():
+        (root / "sub" / name).symlink_to(target)
+    assert read([root]) == a + b + c + d
 
 
-def test_limit_and_fields(tmp_path):
-    one = write_lines(tmp_path / "1.jsonl", [{"mine": str(i), "my_text": "t"} for i in range(5)])
-    two = write_lines(tmp_path / "2.jsonl", [{"mine": str(i)} for i in range(5, 10)])
-    records = read([one, two], code_field="mine", text_field="my_text", limit=2)
-    repeated = write_lines(tmp_path / "3.jsonl", [{"mine": "1 # t", "my_text": "t"}])
-    assert read([repeated], code_field="mine", text_field="my_text") == [("", "1 # t")]
-    assert records == [("t", "0"), ("t", "1"), ("", "5"), ("", "6")]
+def damaged(content):
+    return content[:200] + bytes(50) + content[250:]
 
 
-def test_bad_lines_can_be_passed_over(tmp_path):
-    path = write_lines(tmp_path / "c.jsonl", [A, "broken", B])
-    corpus = Corpus(data.find_sources([path]), skip_bad=True)
-    assert corpus.bad == 1 and [corpus[i] for i in range(2)] == [CODE["a"], CODE["b"]]
-    with pytest.raises(Problem, match=f"^{path}:2: not JSON"):
-        Corpus(data.find_sources([path]))
+@pytest.mark.parametrize("content, message", [
+    (b"\x28\xb5\x2f\xfd" + MANY, "zstd -d"), (gzip.compress(MANY)[:-20], "not a whole file"),
+    (damaged(gzip.compress(MANY)), "not a whole file"), (damaged(archive({"c.jsonl": MANY})), "not a whole file"),
+    (bz2.compress(MANY)[:-20], "not a whole file"), (lzma.compress(MANY)[:-20], "not a whole file"),
+    (archive({"notes.txt": "no corpus", ".a.jsonl": LINES}), "no file of JSON lines in this archive"),
+    (gzip.compress((b" " * 99 + b"\n") * 100_000), "more than 100 times"),
+    (bz2.compress(b"{" * 3_000_000) * 1000, "more than 100 times"),  # one line
+], ids=["zstd", "cut gzip", "bad gzip", "bad zip", "cut bzip2", "cut xz", "zip without", "gzip bomb", "bzip2 bomb"])
+def test_files_that_are_refused(tmp_path, content, message):
+    """In a folder too, and in a zip archive; a bomb long before all of it is unpacked."""
+    (tmp_path / "c.jsonl.zst").write_bytes(content)
+    (tmp_path / "c.zip").write_bytes(archive({"c.jsonl": content}))
+    start = time.perf_counter()
+    for name in ("c.jsonl.zst", "", "c.zip")[:2 if content.startswith(b"PK") else 3]:
+        with pytest.raises(Problem, match=f"c.jsonl.*: .*{message}") as caught:
+            Corpus(data.find_sources([tmp_path / name]), longest=1_000_000)
+        assert caught.value.exit_code == 2 and len(caught.value.message) < 300
+    assert time.perf_counter() - start < 5
 
 
 def test_a_file_that_changes_while_it_is_read(tmp_path):
-    path = write_lines(tmp_path / "c.jsonl", [A, B])
-    corpus = Corpus(data.find_sources([path]))
-    write_lines(path, ["broken"])
-    with pytest.raises(Problem, match="changed while it was being read"):
-        corpus[0]
+    """In the middle of a pass, and before one of which the first record alone is wanted."""
+    corpus = Corpus(data.find_sources([write_lines(tmp_path / "c.jsonl", [A, B, C])]))
+    texts = corpus.texts()
+    assert next(texts) == next(corpus.select(np.array([0]))) == a[0]
+    os.utime(tmp_path / "c.jsonl", (1, 1))
+    for texts in (texts, corpus.select(np.array([0]))):
+        with pytest.raises(Problem, match="c.jsonl changed while it was being read") as caught:
+            list(texts)
+        assert caught.value.exit_code == 1
+
+
+def test_limit_fields_and_bad_lines(tmp_path):
+    one = write_lines(tmp_path / "1.jsonl", [{"mine": str(i), "my_text": "t"} for i in range(5)])
+    two = write_lines(tmp_path / "2.jsonl", [{"mine": str(i)} for i in range(5, 10)])
+    records = read([one, two], code_field="mine", text_field="my_text", limit=2)
+    assert records == [("t", "0"), ("t", "1"), ("", "5"), ("", "6")]
+    path = write_lines(tmp_path / "c.jsonl", [A, "broken", {"code": "x" * 1000}, B])
+    corpus = Corpus(data.find_sources([path]), skip_bad=True, longest=100)
+    assert corpus.bad == 2 and [*corpus.texts()] == [*corpus.texts()] == a + b
+    assert read([path], skip_bad=True, longest=100, limit=2) == a + b
+    with pytest.raises(Problem, match=f"^{path}:2: not JSON"):
+        Corpus(data.find_sources([path]))
 
 
 def test_held_out_is_a_hash_of_the_line(tmp_path):
     records = [{"code": f"x = {i}"} for i in range(8000)]
     def held(records):
         corpus = Corpus(data.find_sources([write_lines(tmp_path / "c.jsonl", records)]))
-        assert sorted([*corpus.train, *corpus.held_out]) == list(range(len(records)))
-        return {corpus[i] for i in corpus.held_out}
+        splits = {name: split.examples.ravel().tolist() for name, split in corpus.splits.items()}
+        assert sorted(splits["train"] + splits["valid"]) == splits["test"] == list(range(len(records)))
+        return {records[i]["code"] for i in splits["valid"]}
     whole = held(records)
-    assert 50 < len(whole) < 110
-    assert held(records[::-1]) == whole
+    assert 50 < len(whole) < 110 and held(records[::-1]) == whole
     assert held(records[:4000]) | held(records[4000:]) == whole
     for count, least in ((2, 1), (20, 2), (200, 20), (1000, 32)):  # of a small corpus a tenth, at most 32
         assert least <= len(held(records[:count])) <= least + count // 100 + 1
     assert held(records[:200][::-1]) == held(records[:200])
 
 
-def growth(path):
-    before = peak()
-    corpus = Corpus(data.find_sources([path]))
-    Batches(None, corpus.train, 32, [8], 0, seed=0).records_of(1, 0)
-    return peak() - before
+def peaks(path, text, count, code):
+    """The peak memory of a process that reads, tokenises and orders `count` records, and then ten times as many."""
+    data.IN_MEMORY, tokenizer, found = 0, data.Tokenizer(text), []
+    for n in (count, 10 * count):
+        write_lines(path, itertools.repeat(json.dumps({"code": code}), n))
+        Path("/proc/self/clear_refs").write_text("5")  # forgets earlier peaks
+        corpus = Corpus(data.find_sources([path]))
+        store = data.tokenise(corpus, tokenizer, 32, corpus.items_read(None, 32, 0))
+        Batches(store, tokenizer, 32, corpus.splits["train"].examples, 32, 0)[0]
+        found.append(peak())
+    return found
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_memory_does_not_grow_with_the_corpus(tmp_path):
-    """Ten times the lines cost no more than the 24 bytes a line that DESIGN allows."""
-    path, line = tmp_path / "c.jsonl", json.dumps({"code": "x = 1\n" * 60}).encode() + b"\n"
-    grown = []
-    for count in (10_000, 100_000):
-        with open(path, "wb") as file:
-            file.write(line * count)
-        with forkserver.Pool(1) as process:
-            grown.append(process.apply(growth, [path]))
-    assert 8 * 90_000 < grown[1] - grown[0] < 24 * 90_000 + 1_000_000 < 0.1 * 90_000 * len(line)
+@pytest.mark.parametrize("count, code", [(100, "x = 1\n" * 6000), (9000, "x = 1\n")], ids=["long", "many"])
+def test_memory_does_not_grow_with_the_corpus(tmp_path, tokenizer, count, code):
+    """Ten times the records: a few numbers each, whatever the length of their texts (of long ones 32 MB in all)."""
+    with forkserver.Pool(1) as process:
+        few, many = process.apply(peaks, [str(tmp_path / "c.jsonl"), tokenizer.text, count, code])
+    assert many - few < 100 * 9 * count + 4_000_000
 
 
 # ---- the tokenizer ----------------------------------------------------------------------------------
 
-def foreign(*special):
+SPECIALS = "<s>", "</s>", "<pad>", "<mask>"
+
+
+def foreign(*special, words=("x", "=", "1", "?")):
     """A word-level tokenizer.json with the given special tokens, truncation and padding switched on."""
-    vocabulary = {token: i for i, token in enumerate([*special, "x", "=", "1", "?"])}
-    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="?"))
+    vocabulary = {token: i for i, token in enumerate([*special, *words])}
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=words[-1]))
     model.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     model.add_special_tokens(list(special))
     model.enable_truncation(2)
@@ -220,178 +256,287 @@ def foreign(*special):
     return model.to_str()
 
 
-def test_special_tokens_by_either_name():
-    for special in (["<mask>", "</s>", "<pad>", "<s>"], ["[SEP]", "[PAD]", "[MASK]", "[CLS]", "[UNK]"]):
-        tokenizer = data.Tokenizer(foreign(*special))
-        found = [tokenizer.pad, tokenizer.start, tokenizer.end, tokenizer.mask]
-        names = ["pad", "cls", "sep", "mask"] if "[CLS]" in special else ["pad", "s", "/s", "mask"]
-        assert [special[i].strip("<>[]").lower() for i in found] == names
-        assert tokenizer.vocab == len(special) + 4
-        assert set(tokenizer.special) == set(range(len(special)))
-        assert [*tokenizer.ordinary] == list(range(len(special), len(special) + 4))
-        x = len(special)
-        assert tokenizer.encode("x = 1 x") == [x, x + 1, x + 2, x]  # neither cut nor padded
-
-
-def test_a_tokenizer_without_a_mask():
-    with pytest.raises(Problem, match=r"^t.json has no mask token: its vocabulary needs <mask> or \[MASK\]"):
-        data.Tokenizer(foreign("<s>", "</s>", "<pad>"), "t.json")
-
-
-def test_special_tokens_in_code_are_ordinary_text(tokenizer):
+def test_special_tokens_by_either_name(tokenizer):
+    """Where their names stand in code they are ordinary text."""
+    for special, names in ((["<mask>", "</s>", "<pad>", "<s>"], ["<pad>", "<s>", "</s>", "<mask>"]),
+                           (["[SEP]", "[PAD]", "[MASK]", "[CLS]", "[UNK]"], ["[PAD]", "[CLS]", "[SEP]", "[MASK]"])):
+        found, x = data.Tokenizer(foreign(*special)), len(special)
+        assert [special[i] for i in (found.pad, found.start, found.end, found.mask)] == names and found.vocab == x + 4
+        assert [*found.special] == list(range(x)) and [*found.ordinary] == list(range(x, x + 4))
+        assert found.encode("x = 1 x") == [x, x + 1, x + 2, x]  # neither cut nor padded
     string = "x = '<mask>' + '</s><pad>'"
     for copy in (tokenizer, tokenizer.__reduce__()[0](*tokenizer.__reduce__()[1])):
         ids = copy.encode(string)
-        assert not set(ids) & set(copy.special.tolist())
-        assert copy.model.decode(ids) == string
+        assert not set(ids) & set(copy.special.tolist()) and copy.model.decode(ids) == string
+
+
+def test_a_folder_with_a_vocabulary_and_merges(tokenizer, tmp_path, functions):
+    """As RoBERTa's is published, with <unk>; a tokenizer.json beside them is what is read."""
+    tokenizer.model.model.save(str(tmp_path))
+    (tmp_path / "vocab.json").write_text(json.dumps(tokenizer.model.get_vocab() | {"<unk>": 600}))
+    found = data.load_tokenizer(str(tmp_path))
+    assert found.vocab == 601 and found.special.tolist() == [*tokenizer.special, 600]
+    codes = [function["code"] for function in functions] + ["x = '<mask>' + '</s>'", "é\t\n"]
+    for copy in (found, data.Tokenizer(found.text)):
+        assert copy.encode_many(codes) == tokenizer.encode_many(codes)
+    (tmp_path / "merges.txt").unlink()
+    with pytest.raises(Problem, match="merges.txt"):
+        data.load_tokenizer(str(tmp_path))
+    (tmp_path / "tokenizer.json").write_text(foreign(*SPECIALS))
+    assert data.load_tokenizer(str(tmp_path)).vocab == 8
 
 
 def test_training_is_reproducible_and_has_the_size_asked_for(corpus, tokenizer):
-    assert tokenizer.vocab == 600
-    assert data.train_tokenizer(corpus, 600).text == tokenizer.text
+    assert tokenizer.vocab == 600 and data.train_tokenizer(corpus, 600).text == tokenizer.text
     part = data.train_tokenizer(corpus, 600, most=corpus.bytes // 2)
     assert part.text != tokenizer.text and part.text == data.train_tokenizer(corpus, 600, most=corpus.bytes // 2).text
 
 
-# ---- samples ----------------------------------------------------------------------------------------
-
-class OneRecord:
-    def __init__(self, text, code):
-        self.record = text, code
-
-    def __getitem__(self, _record):
-        return self.record
-
-
-def test_sample_layout(tokenizer):
-    def sample(text, code, ctx):
-        return Samples(OneRecord(text, code), tokenizer, ctx)(0)
-    text, code = tokenizer.encode("add one"), tokenizer.encode("x += 1")
-    assert sample("add one", "x += 1", 64) == [tokenizer.start, *text, tokenizer.end, *code, tokenizer.end]
-    assert sample("", "x += 1", 64) == [tokenizer.start, *code, tokenizer.end]
+def test_a_megabyte_without_a_break_takes_seconds(tmp_path):
+    """In training and in use: it is cut after each 256 characters."""
+    letters = "".join(random.Random(0).choices("abc", k=1_000_000))
+    path = write_lines(tmp_path / "c.jsonl", [{"code": letters}, {"code": " " * 1_000_000 + "x"}, A])
+    start = time.perf_counter()
+    tokenizer = data.train_tokenizer(Corpus(data.find_sources([path])), 400)
+    ids = tokenizer.encode(letters)
+    assert time.perf_counter() - start < 20 and tokenizer.model.decode(ids) == letters
+    assert ids == sum(tokenizer.encode_many(letters[i:i + 256] for i in range(0, len(letters), 256)), [])
 
 
-@pytest.mark.parametrize("ctx", [8, 9, 64, 257])
-def test_a_long_text_takes_at_most_half(tokenizer, ctx):
-    ids = Samples(OneRecord("word " * 1000, "x = 1\n" * 1000), tokenizer, ctx)(0)
-    assert len(ids) == ctx and ids[-1] == tokenizer.end
-    assert ctx // 2 - 1 <= ids.index(tokenizer.end) + 1 <= ctx / 2
+def test_the_beginning_of_a_text_has_the_ids_of_the_whole(tokenizer):
+    """A long text is cut before it is tokenised, which must not show: tried with the longest tokens."""
+    longest = sorted(map(tokenizer.model.id_to_token, tokenizer.ordinary.tolist()), key=len)[-6:]
+    words = [token.replace("Ġ", " ").replace("Ċ", "\n") for token in longest] + ["self", " return", "é", "\n", " " * 9]
+    strings = ["".join(random.Random(i).choices(words, k=i)) for i in range(400)]
+    whole = tokenizer.encode_many(strings)
+    for room in (1, 7, 30):
+        assert [ids[:room] for ids in tokenizer.encode_many(strings, room)] == [ids[:room] for ids in whole]
 
 
-def test_windows_of_long_code(tokenizer):
-    code = "".join(f"name_{i} = {i * i}\n" for i in range(2000))
-    samples = Samples(OneRecord("", code), tokenizer, 64, seed=3)
-    whole = tokenizer.encode(code)
-    assert samples(0, 0)[1:-1] == whole[:62]
-    starts = set()
-    for epoch in range(1, 30):
-        window = tokenizer.model.decode(samples(0, epoch)[2:-2])  # a cut may split its first and last token
-        assert len(samples(0, epoch)) == 64 and window in code
-        assert samples(0, epoch) == samples(0, epoch)
-        starts.add(code.index(window) * 4 // len(code))
-    assert starts == {0, 1, 2, 3}
-    assert Samples(OneRecord("", code), tokenizer, 64, seed=4)(0, 1) != samples(0, 1)
+# ---- the token store --------------------------------------------------------------------------------
+
+class Texts(data.Dataset):
+    """Texts in memory; `passes` counts how often they are read, `fault` is raised after the first."""
+
+    def __init__(self, *texts):
+        self.items, self.sources, self.passes, self.fault = texts, [Source("texts", "texts", "1")], 0, None
+        self.count, self.bytes = len(texts), sum(map(len, texts))
+
+    def texts(self):
+        self.passes += 1
+        for text in self.items:
+            yield text
+            if self.fault:
+                raise self.fault
 
 
-def test_a_window_of_code_with_very_long_tokens_is_full(tokenizer):
-    long = " " * 40 + "x\n"
-    assert len(Samples(OneRecord("", long * 500), tokenizer, 32)(0, 1)) == 32
+def ids_of(store):
+    return [store.ids[begin:end].tolist() for begin, end in itertools.pairwise(store.starts.tolist())]
 
 
-def test_draws_are_uniform_and_independent():
-    records, positions = np.arange(300)[:, None], np.arange(400)[None]
-    draws = data.draw(0, 0, records, positions, 1)
-    assert draws.shape == (300, 400) and 0 <= draws.min() and draws.max() < 1
-    counts = np.histogram(draws, 20, (0, 1))[0]
-    assert ((counts - 6000) ** 2 / 6000).sum() < 45  # chi-squared, 19 degrees of freedom, p < 0.001
-    others = [data.draw(1, 0, records, positions, 1), data.draw(0, 1, records, positions, 1),
-              data.draw(0, 0, records, positions, 2), data.draw(0, 0, records + 1, positions, 1),
-              data.draw(0, 0, records, positions + 1, 1)]
-    for other in others:
-        assert abs(np.corrcoef(draws.ravel(), other.ravel())[0, 1]) < 0.01
+@pytest.fixture
+def on_disk(monkeypatch, tmp_path):
+    """The path of a store of tokens, in a folder of its own; the tokens of small data sets too are then in files."""
+    monkeypatch.setattr(data, "IN_MEMORY", 0)
+    monkeypatch.setattr(data.tempfile, "tempdir", str(tmp_path))
+    return str(tmp_path / "model.pt.tokens")
+
+
+def test_ids_are_those_of_the_whole_text(corpus, tokenizer, monkeypatch, on_disk):
+    """In memory, in a file that is kept and in one that is not; the head, <s> text </s>, comes before the code."""
+    wanted, records = np.arange(1, corpus.count, 3), list(corpus.texts())
+    for ctx, whole in ((64, False), (64, True), (9, False)):
+        expected, heads = [[] for _ in records], [0] * len(records)
+        for i in wanted.tolist():
+            text, code = map(tokenizer.encode, records[i])
+            head = [tokenizer.start, *text[:ctx // 2 - 2], *([tokenizer.end] if text else [])]
+            expected[i], heads[i] = (head + code)[:None if whole else ctx - 1], len(head)
+        for path, memory in ((on_disk, 0), (on_disk, 0), (None, 0), ("no/where", 2 ** 30)):
+            monkeypatch.setattr(data, "IN_MEMORY", memory)
+            store = data.tokenise(corpus, tokenizer, ctx, wanted, whole, path)
+            assert store.ids.dtype == np.uint16 and ids_of(store) == expected and store.heads.tolist() == heads
+            assert store.lengths(wanted, ctx).tolist() == [min(ctx, len(expected[i]) + 1) for i in wanted]
+            assert os.listdir(os.path.dirname(on_disk)) == ["model.pt.tokens"]
+
+
+@pytest.mark.parametrize("entries, dtype", [(2 ** 16, np.uint16), (70_000, np.int32)])
+def test_many_entries_and_empty_texts(on_disk, entries, dtype):
+    """Ids above 65,535 need int32; of an empty text there is <s> alone."""
+    words, last = [f"w{i}" for i in range(entries - 4)], entries - 1
+    tokenizer = data.Tokenizer(foreign(*SPECIALS, words=words))
+    texts = Texts("w0 w9", "", f"{words[-1]} w1 nonsense", "w2 " * 100)
+    store = data.tokenise(texts, tokenizer, 10, np.arange(4), path=on_disk)
+    assert store.ids.dtype == dtype and ids_of(store) == [[0, 4, 13], [0], [0, last, 5, last], [0] + [6] * 8]
+    batch = Batches(store, tokenizer, 10, np.array([[1], [2]]), 3)[0]
+    assert batch.ids[:, :5].tolist() == [[0, last, 5, last, 1], [0, 1, 2, 2, 2], [2] * 5]
+    assert batch.lengths.tolist() == [5, 2, 0] and batch.ids.dtype == np.int32
+
+
+def test_a_build_that_fails_leaves_nothing(tokenizer, on_disk, monkeypatch):
+    """Interrupted, on a disk that fills up, and on one that has too little room to begin with."""
+    texts, folder = Texts("x = 1\n" * 1000, "y = 2\n" * 1000), os.path.dirname(on_disk)
+    def build(*wanted):
+        return ids_of(data.tokenise(texts, tokenizer, 16, np.array(wanted), path=on_disk))
+    for texts.fault in (RuntimeError(), KeyboardInterrupt(), OSError(28, "No space left on device")):
+        with pytest.raises((RuntimeError, KeyboardInterrupt, Problem)) as caught:
+            build(0, 1)
+        assert not os.listdir(folder)
+    assert caught.value.exit_code == 1 and "model.pt.tokens: No space left" in caught.value.message
+    texts.fault, texts.passes = None, 0
+    monkeypatch.setattr(data.shutil, "disk_usage", lambda folder: SimpleNamespace(free=6000))
+    with pytest.raises(Problem, match="no room for .*model.pt.tokens") as caught:
+        build(0, 1)
+    assert caught.value.exit_code == 1 and texts.passes == 0 and not os.listdir(folder)
+    Path(f"{on_disk}.tmp").write_bytes(bytes(1000))  # by a process that was killed
+    assert build(1)[1] and os.listdir(folder) == ["model.pt.tokens"]  # half of it has room
+
+
+def test_only_the_very_same_store_is_used_again(tokenizer, on_disk):
+    texts = Texts("x = 1", "y = 2", "z = 3")
+    options = dict(dataset=texts, tokenizer=tokenizer, ctx=16, wanted=np.array([0, 2]), path=on_disk)
+    def built(**changes):
+        before = texts.passes
+        assert ids_of(data.tokenise(**options | changes))
+        return texts.passes > before
+    assert built() and not built()
+    content = Path(on_disk).read_bytes()
+    for broken in (content[:-1], content[:len(content) // 2], content[:8], b"", b"x", bytes(100), content + b"\n",
+                   b"[]" + (2).to_bytes(8, "little"), b'["k", {}]' + (9).to_bytes(8, "little"), content + bytes(8)):
+        Path(on_disk).write_bytes(broken)
+        assert built() and not built() and Path(on_disk).read_bytes() == content
+    for change in (dict(tokenizer=data.Tokenizer(foreign(*SPECIALS))), dict(ctx=17), dict(whole=True),
+                   *(dict(wanted=np.array(items)) for items in ([0, 1], [2], [0, 1, 2]))):
+        assert built(**change) and built()
+    for name, value in dict(sources=[Source("texts", "texts", "2")], labels=["a"], reading={"a": 1}).items():
+        setattr(texts, name, value)
+        assert built() and not built()
+
+
+def test_other_fields_and_pipes_are_another_corpus(tmp_path, tokenizer, on_disk, monkeypatch):
+    """Of as many records and characters, with the store of the one at the path of the other."""
+    path = write_lines(tmp_path / "c.jsonl", [{"a": f"a{i}", "b": f"b{i}"} for i in range(9)])
+    for name, paths, options in (("a", [path], {"code_field": "a"}), ("b", [path], {"code_field": "b"}),
+                                 ("c", ["-"], {}), ("d", ["-"], {})):
+        lines = b"".join(json.dumps({"code": f"{name}{i}"}).encode() + b"\n" for i in range(9))
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(lines)))
+        corpus = Corpus(data.find_sources(paths), **options)
+        ids = ids_of(data.tokenise(corpus, tokenizer, 16, np.arange(9), path=on_disk))
+        assert [tokenizer.model.decode(row[1:]) for row in ids] == [f"{name}{i}" for i in range(9)]
+
+
+def same(one, two):
+    return all(np.array_equal(x, y) for x, y in zip(one, two, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["mlm", "classify", "pair", "retrieval"])
+def test_only_the_items_of_the_steps_are_tokenised(kind, functions, tokenizer, tmp_path, monkeypatch):
+    """And the batches of these steps are those of the whole store."""
+    monkeypatch.setattr(Batches, "POOL", 10)
+    dataset = data.read_dataset(kind, [write_lines(tmp_path / "c.jsonl", rows_of(kind, functions))], ("train", "valid"))
+    train, valid = dataset.splits["train"], set(dataset.splits["valid"].items().tolist())
+    def batches(items):
+        return Batches(data.tokenise(dataset, tokenizer, 64, items), tokenizer, 64, train.examples, 2, 5, train.labels)
+    whole = batches(np.arange(dataset.count))
+    for steps, pools in ((1, 1), (10, 1), (11, 2), (34, 4)):
+        items = dataset.items_read(steps, 2, 5)
+        assert valid <= set(items.tolist()) and len(items) <= len(valid) + pools * 20 * train.examples.shape[1]
+        part = batches(items)
+        assert all(same(part[i], whole[i]) for i in range(steps))
+    for steps in (len(whole) + 1, None):
+        assert set(dataset.items_read(steps, 2, 5).tolist()) == valid.union(train.examples.ravel().tolist())
 
 
 # ---- batches ----------------------------------------------------------------------------------------
 
-def test_static_lengths_are_the_best_ones():
-    rng = np.random.default_rng(0)
-    for _ in range(20):
-        counts = rng.integers(1, 65, rng.integers(1, 40))
-        def cost(lengths):
-            return sum(min(length for length in lengths if length >= count) for count in counts)
-        best = min(cost([*some, 64]) for k in range(3) for some in itertools.combinations(range(8, 64, 8), k))
-        chosen = data.choose_lengths(counts, 64, most=3)
-        assert len(chosen) <= 3 and chosen[-1] == 64 and cost(chosen) == best
-    assert len(data.choose_lengths(np.arange(257), 256)) == 12
-    assert len(data.choose_lengths(np.arange(8193), 8192)) == 16
-    assert data.choose_lengths(np.array([5]), 8) == [8]
+SPECIAL = SimpleNamespace(pad=0, start=1, end=2)
+N, BATCH = 1234, 8
+EPOCH = -(-N // BATCH)
 
 
-@pytest.fixture
+def store_of(*sequences):
+    """The store of (ids, length of the head) of each item."""
+    TokenStore.write(file := io.BytesIO(), (Sequence(i, *parts) for i, parts in enumerate(sequences)), "", 600,
+                     len(sequences))
+    return TokenStore(np.frombuffer(file.getbuffer(), np.uint8))
+
+
+@pytest.fixture(scope="module")
 def batches():
-    lengths = np.random.default_rng(1).integers(3, 65, 1234)
-    def samples(record, epoch):
-        return [1] + [record % 90 + 5] * (int(lengths[record]) - 2) + [2]
-    def make(**options):
-        return Batches(samples, np.arange(1234, dtype=np.uint32), 8, [16, 32, 48, 64], 0, **options)
-    return make
+    """Batches of 1,234 items of 3 to 64 ids, with labels, or of pairs of them."""
+    lengths = np.random.default_rng(1).integers(2, 64, N).tolist()
+    store = store_of(*(([1] + [i % 90 + 5] * (length - 1), 1) for i, length in enumerate(lengths)))
+    examples = np.stack([np.arange(N), np.arange(N) * 7 % N], 1)
+    return lambda seed=None, sides=1: Batches(store, SPECIAL, 64, examples[:, :sides], BATCH, seed,
+                                              np.arange(N) % 5 if sides == 1 else None)
 
 
 def real(batch):
-    return batch.records[batch.lengths > 0].tolist()
+    return batch.items[batch.lengths > 0, 0].tolist()
 
 
-def test_an_epoch_is_every_line_once(batches):
-    """Of several ranks tests/test_processes.py has the same."""
-    stream = list(batches(seed=0).stream(0, 2 * 155))
+def test_static_lengths():
+    """Four an octave, multiples of 8 but for ctx itself."""
+    assert data.static_lengths(256).tolist() == [24, 32, *range(40, 65, 8), *range(80, 129, 16), *range(160, 257, 32)]
+    for ctx in (8, 9, 16, 100, 255, 1000, 8192, 2 ** 20):
+        lengths = data.static_lengths(ctx).tolist()
+        assert lengths == sorted(set(lengths)) and lengths[-1] == ctx and len(lengths) <= 24
+        assert all(length % 8 == 0 for length in lengths[:-1]) and lengths[0] <= max(40, ctx / 32)
+        assert all(longer <= length * 1.25 + 8 for length, longer in itertools.pairwise(lengths))
+
+
+@pytest.mark.parametrize("sides", [1, 2])
+def test_an_epoch_is_every_example_once(batches, sides):
+    one = batches(0, sides)
+    assert len(one) == EPOCH == len(list(one))
     for epoch in (0, 1):
-        part = stream[epoch * 155:(epoch + 1) * 155]
-        assert sorted(itertools.chain(*map(real, part))) == list(range(1234))
-        assert all(batch.epoch == epoch and len(batch.ids) == 8 for batch in part)
-
-
-def test_batches_hold_what_the_samples_are(batches):
-    one = batches(seed=0)
-    for batch in one.stream(0, 155):
-        assert batch.ids.shape[1] in (16, 32, 48, 64)
-        for ids, length, record in zip(*batch[:3]):
-            if length:
-                assert ids[:length].tolist() == one.samples(int(record), 0)
-            assert not ids[length:].any()
-        longest = batch.lengths.max()
-        assert longest <= batch.ids.shape[1] < longest + 16
+        part = [one[epoch * EPOCH + i] for i in range(EPOCH)]
+        assert sorted(itertools.chain(*map(real, part))) == list(range(N))
+        for batch in part:
+            filled = batch.lengths > 0
+            assert batch.epoch == epoch and len(batch.ids) == BATCH
+            assert sides == 2 or np.array_equal(batch.labels, np.where(filled, batch.items[:, 0] % 5, data.IGNORE))
+            assert sides == 1 or np.array_equal(batch.items[filled, 1], batch.items[filled, 0] * 7 % N)
+            parts = [(batch.ids, batch.lengths), (batch.ids2, batch.lengths2)][:sides]
+            assert batch.tokens == sum(lengths.sum() for _, lengths in parts)
+            for side, (ids, lengths) in enumerate(parts):
+                assert ids.shape[1] == min(L for L in one.static if L >= lengths.max())
+                for row, length, item in zip(ids, lengths, batch.items[:, side]):
+                    assert not row[length:].any()
+                    assert not length or row[:length].tolist() == [*one.store.sample(item, 63), SPECIAL.end]
 
 
 def test_order_depends_on_seed_and_epoch(batches):
-    order = [[real(b) for b in batches(seed=seed).stream(0, 310)] for seed in (0, 1)]
-    assert order[0][:155] != order[0][155:] and order[0] != order[1]
-    assert sum(map(len, order[0][:155])) == 1234
-    assert sorted(itertools.chain(*(real(b) for b in batches().stream(0, 155)))) == list(range(1234))
+    """And so on where one starts; without a seed, as evaluations have it, it is by length."""
+    one, two = ([batches(seed)[i] for i in range(2 * EPOCH + 9)] for seed in (0, 1))
+    parts = one[:EPOCH], one[EPOCH:2 * EPOCH], two[:EPOCH]
+    epochs = [{tuple(sorted(real(batch))) for batch in part} for part in parts]
+    assert all(len(a & b) < EPOCH / 10 for a, b in itertools.combinations(epochs, 2))
+    later = batches(0)
+    for i in (2 * EPOCH + 8, 1, 49, 50, EPOCH - 1, EPOCH, EPOCH + 1, 0):
+        assert same(later[i], one[i])
+    lengths = np.concatenate([batch.lengths for batch in batches()])
+    assert lengths.tolist() == sorted(lengths.tolist(), reverse=True) and np.count_nonzero(lengths) == N
+    plain = batches(0, 2)  # of a pair with a label, which has no order, the longer side comes first
+    pairs = Batches(plain.store, SPECIAL, 64, plain.examples, BATCH, 0, np.arange(N) % 2)
+    assert np.array_equal(np.sort(pairs.examples, 1), np.sort(plain.examples, 1))
+    assert all((batch.lengths >= batch.lengths2).all() for batch in pairs)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_resumed_stream_is_the_rest_of_the_whole_one(batches, workers):
-    whole = list(batches(seed=0).stream(0, 400))
-    for start in (1, 49, 50, 154, 155, 156, 399) if not workers else (161,):
-        with closing(batches(seed=0).stream(start, None, workers)) as stream:
-            for expected, batch in zip(whole[start:], stream):
-                assert all(np.array_equal(a, b) for a, b in zip(expected, batch))
-
-
-def test_batches_can_be_sent_to_a_process(corpus, tokenizer):
-    """As they are where processes are not forked."""
-    one = Batches(Samples(corpus, tokenizer, 32), corpus.train, 8, [16, 32], tokenizer.pad, seed=0)
-    two = pickle.loads(pickle.dumps(one))
-    assert all(np.array_equal(a, b) for x, y in zip(one[1, 0], two[1, 0]) for a, b in zip(x, y))
-    assert pickle.loads(pickle.dumps(data.as_it_is)) is data.as_it_is
-
-
-def test_a_problem_in_a_worker_arrives_as_it_was(batches):
-    def samples(record, epoch):
-        raise Problem("corpus.jsonl changed")
-    with closing(Batches(samples, np.arange(9), 2, [8], 0).stream(workers=1)) as stream:
-        with pytest.raises(Problem, match="^corpus.jsonl changed$"):
-            next(stream)
+@pytest.mark.parametrize("ranks", [2, 3, 8])
+def test_the_shares_of_ranks_are_the_batches_of_one(batches, monkeypatch, ranks):
+    for sides, i in itertools.product((1, 2), (0, EPOCH - 1, EPOCH, 2 * EPOCH - 1)):
+        whole, shares = batches(0, sides)[i], []
+        with monkeypatch.context() as patch:
+            patch.setattr(data, "world_size", lambda: ranks)
+            for number in range(ranks):
+                patch.setattr(data, "rank", lambda: number)
+                shares.append(batches(0, sides)[i])
+        assert {(share.tokens, share.epoch) for share in shares} == {(whole.tokens, whole.epoch)}
+        for name, value in whole._asdict().items():
+            if isinstance(value, np.ndarray):
+                rows = [row for turn in zip(*(getattr(share, name) for share in shares), strict=True) for row in turn]
+                assert np.array_equal(rows[:BATCH], value) and len(rows) == -(-BATCH // ranks) * ranks
+                assert not name.startswith("lengths") or not any(rows[BATCH:])
 
 
 def test_padding_share_on_the_standard_library(tmp_path):
@@ -400,15 +545,51 @@ def test_padding_share_on_the_standard_library(tmp_path):
         data.build_corpus([str(path) for path in sorted(Path(data.STANDARD_LIBRARY).glob("[a-z]*"))[::3]], file)
     corpus = Corpus(data.find_sources([str(tmp_path / "part.jsonl")]))
     tokenizer = data.train_tokenizer(corpus, 4096, most=2_000_000)
-    samples = Samples(corpus, tokenizer, 256)
-    lengths = data.static_lengths(samples, corpus.train, 256)
-    assert len(lengths) <= 12
-    tokens = places = 0
-    batches = Batches(samples, corpus.train, 32, lengths, tokenizer.pad, seed=0)
-    for batch in batches.stream(0, min(200, len(batches))):
-        tokens, places = tokens + batch.lengths.sum(), places + batch.ids.size
-    assert len(corpus) > 5000 and tokens > 500_000
-    assert 1 - tokens / places <= 0.10
+    store = data.tokenise(corpus, tokenizer, 256, corpus.items_read(200, 32, 0))
+    batches = Batches(store, tokenizer, 256, corpus.splits["train"].examples, 32, 0)
+    counts = np.array([(batch.lengths.sum(), batch.ids.size) for batch in itertools.islice(batches, 200)])
+    tokens, places = counts.sum(0)
+    assert corpus.count > 5000 and tokens > 500_000 and 1 - tokens / places <= 0.10
+
+
+def samples(tokenizer, text, code, ctx, seed=0):
+    """The sample of a record by the epoch."""
+    head = [tokenizer.start, *tokenizer.encode(text)[:ctx // 2 - 2], *([tokenizer.end] if text else [])]
+    batches = Batches(store_of((head + tokenizer.encode(code), len(head))), tokenizer, ctx, np.array([[0]]), 1, seed)
+    return lambda epoch=0: batches[epoch].ids[0, :batches[epoch].lengths[0]].tolist()
+
+
+def test_samples_and_windows_of_long_code(tokenizer):
+    """Code is read in the first epoch from its start, then from a place drawn from (seed, epoch, item)."""
+    text, code, s, e = tokenizer.encode("add one"), tokenizer.encode("x += 1"), tokenizer.start, tokenizer.end
+    assert samples(tokenizer, "add one", "x += 1", 64)() == [s, *text, e, *code, e]
+    assert samples(tokenizer, "", "x += 1", 64)() == [s, *code, e]
+    for ctx, epoch in itertools.product((8, 9, 64, 257), (0, 5)):  # a long text takes at most half
+        ids = samples(tokenizer, "word " * 1000, "x = 1\n" * 1000, ctx)(epoch)
+        assert len(ids) == ctx and ids[-1] == e and ctx // 2 - 1 <= ids.index(e) + 1 <= ctx / 2
+    assert len(samples(tokenizer, "", (" " * 40 + "x\n") * 500, 32)(1)) == 32  # of very long tokens too
+    code = "".join(f"name_{i} = {i * i}\n" for i in range(2000))
+    of_epoch, starts = samples(tokenizer, "", code, 64, seed=3), set()
+    assert of_epoch(0)[1:-1] == tokenizer.encode(code)[:62]
+    for epoch in range(1, 60):
+        ids = of_epoch(epoch)
+        window = tokenizer.model.decode(ids[2:-2])  # a cut may split its first and last token
+        assert len(ids) == 64 and window in code and ids == of_epoch(epoch)
+        starts.add(code.index(window) * 8 // len(code))
+    assert starts == set(range(8)) and samples(tokenizer, "", code, 64, seed=4)(1) != of_epoch(1)
+    assert [store_of(([1, *range(10, 20)], 1)).sample(0, 5, place).tolist() for place in (0, 0.5, 1 - 1e-12)] == [
+        [1, 10, 11, 12, 13], [1, 13, 14, 15, 16], [1, 16, 17, 18, 19]]
+
+
+def test_draws_are_uniform_and_independent():
+    items, positions = np.arange(300)[:, None], np.arange(400)[None]
+    draws = data.draw(0, 0, items, positions, 1)
+    assert draws.shape == (300, 400) and 0 <= draws.min() and draws.max() < 1
+    counts = np.histogram(draws, 20, (0, 1))[0]
+    assert ((counts - 6000) ** 2 / 6000).sum() < 45  # chi-squared, 19 degrees of freedom, p < 0.001
+    for other in ((1, 0, items, positions, 1), (0, 1, items, positions, 1), (0, 0, items, positions, 2),
+                  (0, 0, items + 1, positions, 1), (0, 0, items, positions + 1, 1)):
+        assert abs(np.corrcoef(draws.ravel(), data.draw(*other).ravel())[0, 1]) < 0.01
 
 
 # ---- corpora of source trees ------------------------------------------------------------------------
@@ -419,46 +600,25 @@ def records_of(*paths):
     return [json.loads(line) for line in out.getvalue().splitlines()]
 
 
-def test_python_functions(tmp_path):
-    (tmp_path / "m.py").write_text('''"""Module."""
-import os
-class K:
-    @property
-    def a(self):
-        """One-line."""  # why
-        return 1
+@pytest.mark.parametrize("source, line, docstring, code", [
+    ('class K:\n    @property\n    def a(self):\n        """One-line."""  # why\n        return 1\n', 2, "One-line.",
+     "@property\ndef a(self):\n      # why\n    return 1".replace("      #", "    #")),
+    ('class K:\n    async def b(self):\n        """Ünï.\n\n        More.\n        """\n        def c(): return 2\n'
+     "        return c\n", 2, "Ünï.\n\nMore.", "async def b(self):\n    def c(): return 2\n    return c"),
+    ('if os:\n    def c(): "only a docstring"\n', 2, "only a docstring", "def c(): pass"),
+    ('def d(): "x"; return 3\n', 1, "x", "def d(): return 3"),
+    ("\ndef e(): return 4\n", 2, None, "def e(): return 4"),
+    ("match os:\n    case 1:\n        def g(): return 5\n", 3, None, "def g(): return 5"),
+    ("@(\n    property\n)\ndef h(): return 6\n", 1, None, "@(\n    property\n)\ndef h(): return 6")])
+def test_python_functions(source, line, docstring, code):
+    record, = data.cut_source(source, "python")
+    assert (record["line"], record.get("docstring"), record["code"]) == (line, docstring, code)
 
-    async def b(self):
-        """Ünï.
 
-        More.
-        """
-        def inner(): return 2
-        return inner
-if os:
-    def c(): "only a docstring"
-def d(): "x"; return 3
-def e(): return 4
-@(
-    property
-)
-def h(): return 6
-match os:
-    case 1:
-        def g(): return 5
-''')
-    os.mkfifo(tmp_path / "pipe.py")  # no source file, and reading it would wait for ever
-    records = {record["name"]: record for record in records_of(tmp_path)}
-    assert {name: (r.get("docstring"), r["code"]) for name, r in records.items()} == {
-        "a": ("One-line.", "@property\ndef a(self):\n      # why\n    return 1".replace("      #", "    #")),
-        "b": ("Ünï.\n\nMore.", "async def b(self):\n    def inner(): return 2\n    return inner"),
-        "c": ("only a docstring", "def c(): pass"),
-        "d": ("x", "def d(): return 3"),
-        "e": (None, "def e(): return 4"),
-        "g": (None, "def g(): return 5"),
-        "h": (None, "@(\n    property\n)\ndef h(): return 6"),
-    }
-    assert records["a"]["line"] == 4 and records["a"]["path"] == "m.py" and records["a"]["language"] == "python"
+def test_each_function_of_a_long_chain_of_branches_comes_once():
+    chain = "".join(f"elif x == {i}:\n    def f{i}(): return {i}\n" for i in range(1200))
+    records = data.cut_source(f"if x:\n    pass\n{chain}else:\n    def last(): pass\n", "python")
+    assert [record["name"] for record in records] == [*(f"f{i}" for i in range(1200)), "last"]
 
 
 @pytest.mark.parametrize("name", ["argparse", "inspect", "typing", "unittest.mock", "asyncio.base_events"])
@@ -479,54 +639,64 @@ def test_functions_keep_their_tree_without_the_docstring(name):
 
 
 def test_source_trees(tmp_path, capsys):
+    """Also with an escape that is a surrogate, a file name that is not UTF-8, and a pipe, which nobody waits for."""
     for name, content in {
-        "a.java": b"class A {}", "b/c.go": b"package c", "b/copy.java": b"class A {}", "x.txt": b"no code",
-        "old.py": b"print 'two'\n", "latin.py": "# -*- coding: latin-1 -*-\ndef f(): return 'é'\n".encode("latin-1"),
-        "bad.c": b"\xff\xfe", "big.js": b"x" * (2 << 20), "node_modules/n.js": b"n", ".git/h.py": b"def h(): pass",
-        "env/pyvenv.cfg": b"", "env/e.py": b"def e(): pass", "empty.rs": b" \n",
+        b"a.java": b"class A {}", b"b/c.go": b"package c", b"b/copy.java": b"class A {}", b"x.txt": b"no code",
+        b"old.py": b"print 'two'\n", b"latin.py": "# -*- coding: latin-1 -*-\ndef f(): return 'é'\n".encode("latin-1"),
+        b"bad.c": b"\xff\xfe", b"big.js": b"x" * (2 << 20), b"node_modules/n.js": b"n", b".git/h.py": b"def h(): pass",
+        b"env/pyvenv.cfg": b"", b"env/e.py": b"def e(): pass", b"empty.rs": b" \n",
+        b"\xff.py": b'def f():\n    "\\ud800"\n    return 1\n',
     }.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(content)
-    found = {(r["path"], r["language"]): r["code"] for r in records_of(tmp_path)}
-    assert found == {("a.java", "java"): "class A {}", ("b/c.go", "go"): "package c",
-                     ("old.py", "python"): "print 'two'\n", ("latin.py", "python"): "def f(): return 'é'"}
+        path = tmp_path / os.fsdecode(name)
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+    os.mkfifo(tmp_path / "pipe.py")
+    assert {(r["path"], r["language"], r.get("docstring")): r["code"] for r in records_of(tmp_path)} == {
+        ("a.java", "java", None): "class A {}", ("b/c.go", "go", None): "package c",
+        ("old.py", "python", None): "print 'two'\n", ("latin.py", "python", None): "def f(): return 'é'",
+        ("?.py", "python", "?"): "def f():\n    return 1"}
     said = capsys.readouterr().err
-    assert "4 records; 1 exact duplicates dropped" in said and "8 source files" in said
+    assert "5 records; 1 exact duplicates dropped" in said and "9 source files" in said
     assert "1 left out: over 1.0 MB" in said and "1 left out: not text in UTF-8" in said
-
-
-def test_surrogates_in_sources(tmp_path):
-    """An escape in a docstring, and a file name that is not UTF-8."""
-    with open(os.path.join(os.fsencode(tmp_path), b"\xff.py"), "w") as file:
-        file.write('def f():\n    "\\ud800"\n    return 1\n')
-    record, = records_of(tmp_path)
-    assert (record["path"], record["docstring"], record["code"]) == ("?.py", "?", "def f():\n    return 1")
 
 
 def test_corpus_command(tmp_path):
     (tmp_path / "m.py").write_text("def f(): return 1\n")
-    target = tmp_path / "c.jsonl"
-    code, said = cli("corpus", tmp_path / "m.py", "-o", target)
-    assert code == 0 and "1 records" in said
-    assert read([target]) == [("", "def f(): return 1")]
-    code, printed = cli("corpus", tmp_path / "m.py")
-    assert code == 0 and target.read_text() in printed
-    assert cli("corpus", tmp_path / "m.py", "-o", target)[0] == 0
-    code, said = cli("corpus", tmp_path / "m.py", "-o", tmp_path / "m.py")
-    assert code == 2 and "exists and is no corpus" in said and "def f" in (tmp_path / "m.py").read_text()
+    (tmp_path / "d").mkdir()
+    source, target = tmp_path / "m.py", tmp_path / "c.jsonl"
+    for options in ([], ["-o", target], ["-o", target]):
+        code, said = cli("corpus", source, *options)
+        assert code == 0 and "1 records" in said
+    assert read([target]) == [("", "def f(): return 1")] and target.read_text() in cli("corpus", source)[1]
+    for path, output, message in ((source, source, "exists and is no corpus"), ("none", "c", "none: no such file"),
+                                  ("d", "d", "d is a folder"), ("d", "c", "d: no source files; known are .c .h")):
+        code, said = cli("corpus", tmp_path / path, "-o", tmp_path / output)
+        assert code == 2 and message in said and not (tmp_path / "c").exists() and "def f" in source.read_text()
 
 
-# ---- the atomic write -------------------------------------------------------------------------------
+# ---- files and messages -----------------------------------------------------------------------------
 
 def test_an_atomic_write_that_fails_changes_nothing(tmp_path):
     path = tmp_path / "f"
     path.write_bytes(b"old")
-    with pytest.raises(RuntimeError):
-        with data.atomic(path) as file:
-            file.write(b"new")
-            raise RuntimeError
+    with pytest.raises(RuntimeError), data.atomic(path) as file:
+        file.write(b"new")
+        raise RuntimeError
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["f"]
     with data.atomic(path) as file:
         file.write(b"new")
         assert path.read_bytes() == b"old"
     assert path.read_bytes() == b"new" and os.listdir(tmp_path) == ["f"]
+
+
+def test_standard_error_that_fails_is_silent(monkeypatch):
+    """Full, closed, or none; while it works, control characters are escaped on it, as data may hold some."""
+    works, full, closed = io.StringIO(), open("/dev/full", "w", buffering=1), open(os.devnull, "w")
+    closed.close()
+    for stream in (works, full, closed, None):
+        monkeypatch.setattr(sys, "stderr", data.QuietStream(stream))
+        data.info("a label: \x1b[31m")
+        Problem("a\nb\x9bé").show()
+        assert sys.stderr.write("abc") == 3 and not sys.stderr.isatty() and sys.stderr.flush() is None
+        assert list(data.progress([1, 2], delay=0)) == [1, 2]
+    assert works.getvalue().startswith("a label: \\x1b[31m\nError: a\\nb\\x9bé\nabc")

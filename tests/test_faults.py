@@ -1,126 +1,128 @@
-"""Faults and strangers' files: what is said, and what is still on the disk."""
+"""Faults, kills and strangers' files: what is said, and what is still on the disk."""
+import bz2
 import gzip
 import io
 import json
 import os
 import random
 import signal
+import struct
+import subprocess
+import sys
 import time
 import zipfile
 from functools import partial
-from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 import codessm
 import data
 import tasks
-from conftest import TINY, Forked, cli, wait_for, write_lines
+from conftest import ROOT, TINY, before_call, cli, command, die, forkserver, same, send, wait_for, weights, write_lines
 from data import Problem
-from tasks import MLM
+
+# twelve steps, eight an epoch, at whose end the state is saved; evaluations before steps 0, 5, 10 and at the end
+RUN = ["pretrain", "small.jsonl", *TINY, "--steps", 12, "--eval-every", 5]
+FUNCTIONS = {"a step": (tasks.Stepper, "step"), "a batch": (data.Batches, "__getitem__"),
+             "masks": (tasks.MLM, "prepare"), "an evaluation": (tasks, "evaluate"), "log": (tasks.Output, "record"),
+             "saving": (torch, "save")}
 
 
-@pytest.fixture
-def task(tokenizer):
-    torch.manual_seed(0)
-    return MLM(codessm.Encoder(tokenizer.vocab, d=32, layers=2, N=8), tokenizer)
+@pytest.fixture(scope="module")
+def undisturbed(functions, tmp_path_factory):
+    """(weights, log, how often each of `FUNCTIONS` is called) of a `quick` run that nothing ends."""
+    calls = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("undisturbed"))
+        patch.setitem(codessm.SIZES, "tiny", dict(d=64, layers=1))
+        write_lines("small.jsonl", functions[:65])
+        for name, function in FUNCTIONS.items():
+            with before_call(*function, 0, None) as seen:
+                assert cli(*RUN, "--restart")[0] == 0
+            calls[name] = len(seen)
+        return weights("model.pt"), open("model.pt.jsonl").read(), calls
 
 
-# ---- killed, cut, changed ---------------------------------------------------------------------------
-
-def kill(*_):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-@pytest.mark.parametrize("phase, left", [("opened", 1), ("half", 1), ("written", 1), ("renamed", 2)])
-def test_killed_while_saving(tmp_path, monkeypatch, phase, left):
-    """SIGKILL before the write, in its midst, between write and rename, after it: one of the states is there, whole.
-
-    That a run goes on from it to the same weights is in test_training.py and test_processes.py.
-    """
-    contents = [{"format": tasks.FORMAT, "step": step, "weights": torch.full((1000,), step)} for step in (1, 2)]
-    path = tmp_path / "m.pt.state"
-    tasks.write(path, contents[0])
-    save, replace = torch.save, os.replace
-
-    def half(content, file):
-        whole = io.BytesIO()
-        save(content, whole)
-        file.write(whole.getvalue()[:len(whole.getvalue()) // 2])
-        file.flush()
-        kill()
-
-    with monkeypatch.context() as patch:
-        if phase == "renamed":
-            patch.setattr(os, "replace", lambda *names: (replace(*names), kill()))
-        else:
-            patch.setattr(*{"opened": (torch, "save", kill), "half": (torch, "save", half),
-                            "written": (os, "replace", kill)}[phase])
-        if not (child := os.fork()):
-            tasks.write(path, contents[1])
-            os._exit(0)
-        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
-    state = tasks.read(path)
-    assert state["step"] == left and torch.equal(state["weights"], contents[left - 1]["weights"])
-    assert (tmp_path / "m.pt.state.tmp").exists() == (phase != "renamed")
-    tasks.write(path, contents[1])
-    assert tasks.read(path)["step"] == 2 and os.listdir(tmp_path) == ["m.pt.state"]
+def check_goes_on(undisturbed):
+    """The same command ends as the undisturbed run, which leaves little; its files are removed. What it has said."""
+    code, said = cli(*RUN)
+    assert code == 0 and same(weights("model.pt"), undisturbed[0]) and open("model.pt.jsonl").read() == undisturbed[1]
+    assert set(os.listdir()) - {"0.txt"} == {"small.jsonl", "model.pt", "model.pt.jsonl"}
+    os.remove("model.pt")
+    return said
 
 
-def test_a_corpus_that_changes_under_a_run(small):
-    """Written again with the same number of bytes: the run stops, its state is kept and not gone on from.
-
-    One that shrinks is in test_processes.py.
-    """
-    run = Forked("pretrain", small, *TINY, "--steps", 5000)
-    wait_for(lambda: os.path.exists("model.pt.state"), run)
-    os.utime(small, (1, 1))
-    _, said = run.communicate(timeout=60)
-    assert run.returncode == 1 and f"Error: {small} changed while it was being read: its time is another" in said
-    assert codessm.load("model.pt.state") and not os.path.exists("model.pt")
-    code, said = cli("pretrain", small, *TINY, "--steps", 5000)
-    assert code == 2 and f"model.pt.state is of a run with corpus {small} " in said and "--restart" in said
+class Panic(BaseException):
+    """As pyo3's PanicException, which is no Exception."""
 
 
-def test_a_truncated_checkpoint_and_the_older_one(small):
-    """The model of an earlier run is still there, and its state says what is wrong with it."""
-    assert cli("pretrain", small, *TINY, "--steps", 2)[0] == 0
-    content = open("model.pt", "rb").read()
-    for cut in (0, 100, len(content) // 2, len(content) - 1):
-        open("cut.pt", "wb").write(content[:cut])
-        open("model.pt.state", "wb").write(content[:cut])
-        for path, command in (("cut.pt", ["evaluate", "mlm", "--ckpt", "cut.pt", "--data", small]),
-                              ("cut.pt", ["finetune", "classify", "--ckpt", "cut.pt", "--data", small]),
-                              ("model.pt.state", ["pretrain", small, *TINY, "--steps", 2])):
-            code, said = cli(*command)
-            assert (code, said.splitlines()[-1]) == \
-                (2, f"Error: {path} is not a codessm checkpoint, or not a whole one"), said
-    assert open("model.pt", "rb").read() == content and codessm.load("model.pt")
+def throw(error):
+    """For `before_call`."""
+    def act(*_):
+        raise error
+    return act
 
 
-def test_steps_without_a_number_change_nothing_and_twenty_in_a_row_end_the_run(small, monkeypatch):
+# ---- every way out of training ----------------------------------------------------------------------
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_whatever_ends_training_the_state_is_saved_and_the_run_goes_on_from_it(function, undisturbed, small, quick):
+    count = undisturbed[2][function]
+    errors = [(RuntimeError("it broke"), 1), (MemoryError(), 1), (KeyboardInterrupt(), 130), (Panic("it broke"), 1)]
+    for i, number in enumerate(np.linspace(1, count, max(4, min(count, 6))).astype(int)):
+        error, exit_code = errors[i % 4]
+        with before_call(tasks.Stepper, "step", 0, None) as steps, \
+                before_call(*FUNCTIONS[function], number, throw(error)):
+            code, said = cli(*RUN)
+        assert code == exit_code and said.count("Error: ") == (code == 1) and "model.pt.state" in said, said
+        assert tasks.read("model.pt.state")["step"] == len(steps) and codessm.load("model.pt.state")
+        assert set(os.listdir()) - {"model.pt.jsonl"} == {"small.jsonl", "model.pt.state"}
+        assert f"going on from step {len(steps)} of 12" in check_goes_on(undisturbed), (error, number)
+
+
+def test_no_room_for_the_state_or_the_log(undisturbed, small, quick):
+    """The state before stays, and no part of a line does."""
+    for error in (OSError(28, "No space left on device"), Panic()):
+        with before_call(tasks.Stepper, "step", 10, throw(error)), before_call(torch, "save", 2, throw(error)):
+            code, said = cli(*RUN)
+        assert code == 1 and "is of an earlier step" in said and not os.path.exists("model.pt.state.tmp")
+        assert "going on from step 8" in check_goes_on(undisturbed)
+
+    class Full(io.FileIO):
+        def write(self, line):
+            return super().write(line[:9] if b'"step": 6,' in line else line)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tasks, "open", lambda path, mode, **_: Full(path, mode) if mode == "ab" else open(path, mode),
+                      raising=False)
+        code, said = cli(*RUN)
+    assert code == 1 and "could not write model.pt.jsonl" in said and tasks.read("model.pt.state")["step"] == 6
+    check_goes_on(undisturbed)
+
+
+def test_steps_without_a_number_change_nothing_and_twenty_in_a_row_end_the_run(small, quick, monkeypatch):
     """In steps 11 to 15 and from 31 on a gradient is not finite; the weights saved are those of step 30."""
     take, steps = tasks.Stepper.step, []
 
     def step(stepper, pieces):
         steps.append(len(steps) + 1)
         bad = 10 < steps[-1] <= 15 or steps[-1] > 30
-        before = [p.detach().clone() for p in stepper.task.parameters()]
-        hook = stepper.task.bias.register_hook(lambda gradient: gradient * (float("inf") if bad else 1))
+        before = [p.detach().clone() for p in stepper.objective.parameters()]
+        hook = stepper.objective.bias.register_hook(lambda gradient: gradient * (float("inf") if bad else 1))
         sums = take(stepper, pieces)
         hook.remove()
-        assert bad == all(map(torch.equal, before, stepper.task.parameters())) == bool(sums.isnan().all())
+        assert bad == all(map(torch.equal, before, stepper.objective.parameters())) == bool(sums.isnan().all())
         return sums
 
-    monkeypatch.setattr(tasks.Stepper, "step", step)
-    monkeypatch.setattr(tasks, "LOG_STEPS", 5)
-    monkeypatch.setitem(codessm.SIZES, "tiny", dict(d=64, layers=1))
-    code, said = cli("pretrain", small, *TINY, "--steps", 100)
-    assert code == 1 and "Error: the loss was no number in 20 steps in a row, up to step 50: try a lower --lr" in said
-    assert "up to step 15, 5 steps were skipped" in said and "Traceback" not in said
-    log = [json.loads(line) for line in open("model.pt.jsonl")]
-    trained = {line["step"]: line for line in log if "lr" in line}
+    with monkeypatch.context() as patch:
+        patch.setattr(tasks.Stepper, "step", step)
+        patch.setattr(tasks, "LOG_STEPS", 5)
+        code, said = cli("pretrain", small, *TINY, "--steps", 100)
+    assert code == 1 and "no number in 20 steps in a row, up to step 50" in said and "--lr" in said
+    assert "up to step 15, 5 steps were skipped" in said
+    trained = {line["step"]: line for line in map(json.loads, open("model.pt.jsonl")) if "lr" in line}
     assert {step: line.get("skipped", 0) for step, line in trained.items()} == \
         {5: 0, 10: 0, 15: 5, 20: 5, 25: 5, 30: 5, 35: 10, 40: 15, 45: 20, 50: 25}
     assert [step for step, line in trained.items() if "loss" not in line] == [15, 35, 40, 45, 50]
@@ -128,123 +130,309 @@ def test_steps_without_a_number_change_nothing_and_twenty_in_a_row_end_the_run(s
     assert state["step"] == 50 and all(weight.isfinite().all() for weight in state["weights"].values())
     assert max(float(moments["step"]) for moments in state["optimizer"]["state"].values()) == 25
     assert codessm.load("model.pt.state") and not os.path.exists("model.pt")
-    monkeypatch.setattr(tasks.Stepper, "step", take)
     code, said = cli("pretrain", small, *TINY, "--steps", 100)
     assert code == 0 and "going on from step 50" in said  # and for a sound cause it comes to its end
 
 
-def test_a_tokenizer_that_does_not_fit(task, tokenizer, corpus, tmp_path):
-    tasks.save(tmp_path / "m.pt", task)
-    content = tasks.read(tmp_path / "m.pt")
-    other = data.train_tokenizer(corpus, 700)
-    torch.save(content | {"tokenizer": other.text}, tmp_path / "m.pt")
-    with pytest.raises(Problem, match="m.pt: its tokenizer has 700 entries and its model 600: they do not belong"):
-        codessm.load(tmp_path / "m.pt")
+def test_a_corpus_that_changes_under_a_run(undisturbed, small, quick):
+    """It is an error until it has been tokenised; later it does no harm, but no state goes on with another corpus."""
+    def cut(*_):
+        os.truncate(small, 9000)  # in the midst of a line
+
+    whole = open(small, "rb").read()
+    with before_call(data, "tokenise", 1, cut):
+        code, said = cli(*RUN)
+    assert code == 1 and "small.jsonl changed" in said and os.listdir() == ["small.jsonl"]
+    open(small, "wb").write(whole)
+    with before_call(tasks.Stepper, "step", 3, cut):
+        check_goes_on(undisturbed)
+    open(small, "wb").write(whole)
+    with before_call(tasks.Stepper, "step", 3, throw(Panic())):
+        assert cli(*RUN)[0] == 1
+    os.utime(small, (1, 1))
+    code, said = cli(*RUN)
+    assert code == 2 and "model.pt.state" in said and "small.jsonl" in said and "--restart" in said
+
+
+# ---- kills ------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_at_any_moment(number, undisturbed, small, quick):
+    """Before training it leaves nothing, then a state; a second signal while that is written changes nothing."""
+    for step, owner, name, call in ((None, data.Corpus, "parse", 9), (None, data.Tokenizer, "encode_many", 1),
+                                    (0, data.Batches, "__getitem__", 1), (1, tasks.Stepper, "step", 1),
+                                    (5, data.Batches, "__getitem__", 7), (9, torch, "save", 1),
+                                    (12, data.Batches, "__getitem__", 16)):
+        with before_call(torch, "save", 2 if (step or 0) > 8 else 1, send(signal.SIGTERM)), \
+                before_call(owner, name, call, send(number)):
+            code, said = cli(*RUN)
+        assert code == 128 + number and "interrupted" in said and "Error" not in said, (name, said)
+        if step is None:
+            assert "nothing is lost" in said and os.listdir() == ["small.jsonl"]
+        else:
+            assert tasks.read("model.pt.state")["step"] == step and "the same command goes on from it" in said
+            check_goes_on(undisturbed)
+
+
+def die_half_way(content, file):
+    file.write(pickled(content)[:50_000])
+    file.flush()
+    die()
+
+
+def die_after(function):
+    return lambda *args: (function(*args), die())
+
+
+KILLS = {  # (owner, function, which call, what kills), the step of the state that is left
+    "reading": ((data.Corpus, "parse", 9, die), None),
+    "tokenising": ((os, "replace", 1, die), None),
+    "before the state": ((torch, "save", 1, die), None),
+    "half of the state": ((torch, "save", 1, die_half_way), None),
+    "between write and rename": ((os, "replace", 2, die), None),
+    "after the rename": ((os, "replace", 2, die_after(os.replace)), 8),
+    "half of the checkpoint": ((torch, "save", 2, die_half_way), 8),
+    "checkpoint and state": ((os, "replace", 3, die_after(os.replace)), 8)}
+
+
+def run_and_die(folder, kill):
+    codessm.SIZES["tiny"], data.IN_MEMORY = dict(d=64, layers=1), 0
+    with before_call(*KILLS[kill][0]):
+        command(folder, *RUN)
+
+
+def test_a_run_killed_at_any_moment_goes_on_from_whole_files(undisturbed, functions, quick, tmp_path, monkeypatch):
+    """SIGKILL in and between the writes of the tokens, the state and the checkpoint; then the same command again."""
+    monkeypatch.setattr(data, "IN_MEMORY", 0)
+    runs = {}
+    for kill in KILLS:
+        (tmp_path / kill).mkdir()
+        write_lines(tmp_path / kill / "small.jsonl", functions[:65])
+        runs[kill] = forkserver.Process(target=run_and_die, args=(tmp_path / kill, kill))
+        runs[kill].start()
+    for kill, run in runs.items():
+        run.join(60)
+        monkeypatch.chdir(tmp_path / kill)
+        assert run.exitcode == -9, (kill, open("0.txt").read())
+        step = KILLS[kill][1]
+        assert (tasks.read("model.pt.state")["step"] if os.path.exists("model.pt.state") else None) == step, kill
+        said = check_goes_on(undisturbed)
+        assert ("going on" in said) == (step is not None), (kill, said)
+
+
+# ---- standard error that fails ----------------------------------------------------------------------
+
+class Failing(io.StringIO):
+    """Writes fail from a number on, and flushes with them."""
+
+    def __init__(self, number, error):
+        super().__init__()
+        self.left, self.error = number, error
+
+    def write(self, text):
+        written = super().write(text)  # what is no text is refused first
+        self.left -= 1
+        self.flush()
+        return written
+
+    def flush(self):
+        if self.left < 0:
+            raise self.error
+
+
+def test_a_run_does_not_end_where_standard_error_fails(undisturbed, small, quick, monkeypatch):
+    """From any write on: the exit code and the files are those of a run that is heard."""
+    def ended(*args):
+        with pytest.raises(SystemExit) as end:
+            codessm.cli([str(arg) for arg in args])
+        return end.value.code
+
+    errors = OSError(28, "No space left on device"), ValueError("I/O operation on closed file"), BrokenPipeError()
+    for stream in (*(Failing(number, errors[number % 3]) for number in (0, 1, 2, 3, 5, 7, 9, 13)), None):
+        monkeypatch.setattr(sys, "stderr", stream)
+        with before_call(tasks.Stepper, "step", 4, send(signal.SIGHUP)):
+            assert ended(*RUN) == 129 and tasks.read("model.pt.state")["step"] == 4
+        with before_call(tasks.Stepper, "step", 2, throw(Panic())):
+            assert ended(*RUN) == 1 and tasks.read("model.pt.state")["step"] == 5
+        assert ended(*RUN, "--lr", 1) == 2 and ended(*RUN, "--no-such-option") == 2
+        assert ended(*RUN) == 0 and same(weights("model.pt"), undisturbed[0])
+        assert stream is None or stream.left < 0
+        os.remove("model.pt")
+
+
+def test_standard_error_closed_and_full_of_a_real_program(small):
+    """It ends by itself, and by a signal."""
+    runs = {way: subprocess.Popen(["sh", "-c", f'exec "$@" 2>{way}', "sh", sys.executable, ROOT / "codessm.py",
+                                   *map(str, ["pretrain", small, *TINY, "--steps", steps, "-o", f"{name}.pt"])],
+                                  stdout=subprocess.PIPE, text=True)
+            for way, name, steps in (("&-", "closed", 9), ("/dev/full", "full", 5000))}
+    wait_for(lambda: os.path.exists("full.pt.state"), runs["/dev/full"])
+    runs["/dev/full"].send_signal(signal.SIGTERM)
+    said = {way: run.communicate(timeout=60)[0] for way, run in runs.items()}
+    assert {way: run.returncode for way, run in runs.items()} == {"&-": 0, "/dev/full": 143}, said
+    assert "closed.pt: 9 steps in" in said["&-"] and codessm.load("closed.pt") and codessm.load("full.pt.state")
+
+
+# ---- damaged files ----------------------------------------------------------------------------------
+
+def pickled(content):
+    file = io.BytesIO()
+    torch.save(content, file)
+    return file.getvalue()
+
+
+def flipped(content, rng):
+    """A zip archive with a byte of one of its members' contents another."""
+    with zipfile.ZipFile(io.BytesIO(content)) as file:
+        member = rng.choice([member for member in file.infolist() if member.file_size])
+    at, content = member.header_offset, bytearray(content)
+    content[at + 30 + sum(struct.unpack("<HH", content[at + 26:at + 30])) + rng.randrange(member.file_size)] ^= \
+        rng.randrange(1, 256)
+    return bytes(content)
+
+
+def compressed(content):
+    """A zip archive whose members could unpack to more than there is memory for."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as whole, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as file:
+        for name in whole.namelist():
+            file.writestr(name, whole.read(name))
+    return packed.getvalue()
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
+
+
+def damages(content):
+    """{name: bytes} of files that are not what `content`, the bytes of a checkpoint or state, is."""
+    rng = random.Random(0)
+    return {"text": b"hello", "empty": b"", "list": pickled([1]), "no format": pickled({"weights": {}}),
+            "code": pickled({"format": tasks.FORMAT, "weights": Evil()}), "bomb": compressed(content),
+            **{f"cut at {cut}": content[:cut] for cut in (100, len(content) // 2, -5000, -1)},
+            **{f"flip {i}": flipped(content, rng) for i in range(10)}}
+
+
+@pytest.fixture
+def unfinished(small, quick):
+    """A command, whose state is there, and an earlier run's checkpoint, first.pt, that it started from."""
+    command = [*RUN, "--init", "first.pt"]
+    assert cli(*RUN, "-o", "first.pt")[0] == 0
+    with before_call(tasks.Stepper, "step", 3, send(signal.SIGTERM)):
+        assert cli(*command)[0] == 143
+    return command
+
+
+def test_damaged_checkpoints_and_states_are_refused_and_run_no_code(unfinished, small):
+    """The file is named, in one sentence, and nothing is written."""
+    state, ways = open("model.pt.state", "rb").read(), {
+        "bad.pt": (["evaluate", "mlm", "--ckpt", "bad.pt", "--data", small], [*RUN, "-o", "x.pt", "--init", "bad.pt"]),
+        "model.pt.state": (["evaluate", "mlm", "--ckpt", "model.pt.state", "--data", small], unfinished)}
+    for path, commands in ways.items():
+        for name, damaged in damages(state if "state" in path else open("first.pt", "rb").read()).items():
+            open(path, "wb").write(damaged)
+            before = set(os.listdir())
+            for args in commands:
+                code, said = cli(*args)
+                assert code == 2 and said.count("Error: ") == 1 == len(said.splitlines()), (name, args, said)
+                assert path in said and "whole" in said and set(os.listdir()) == before, (name, args, said)
+    open("model.pt.state", "wb").write(state)
+    assert cli(*unfinished)[0] == 0
+
+
+def test_checkpoints_that_spell_more_than_they_hold(make_case, corpus, tmp_path):
+    """Refused at once and in little memory: huge sizes, stretched, shared and sparse tensors, strange fields."""
+    path = tmp_path / "m.pt"
+    tasks.save(path, make_case("classify").objective)
+    content = tasks.read(path)
+    config, weights, one = content["config"], content["weights"], torch.zeros(1)
+    bad = [{"config": config | {name: size}} for name in ("vocab", "d", "layers", "N")
+           for size in (10**12, 10**30, -1, 0, 2.5, None, "x", True)]
+    bad += [{"config": other} for other in (None, [], {}, {"depth": 3}, config | {"model": "evil"}, config | {"d": 64})]
+    bad += [{"weights": other} for other in (
+        None, [], {}, {name: one.expand(weight.shape) for name, weight in weights.items()},
+        {name: one.half().expand(weight.shape) for name, weight in weights.items()},
+        {name: weight.to_sparse() for name, weight in weights.items()},
+        {name: weight.long() for name, weight in weights.items()}, {**weights, "more": one}, dict.fromkeys(weights, 1))]
+    bad += [{name: other} for name, others in {
+        "tokenizer": (None, 1, "", "{}", content["tokenizer"][:-9], data.train_tokenizer(corpus, 700).text),  # not 600
+        "task": (None, "evil", [], "pair"), "labels": (5, ["0"], ["0", "0"], [0, 1], "01"),
+        "ctx": (0, -1, "x", 2.5, True)}.items() for other in others]
+    # its tensors are as large as its configuration says, and all of them one and the same byte
+    bad += [{"config": config | {"vocab": 10**9},
+             "weights": weights | {"encoder.embedding.weight": one.expand(10**9, 32)}}]
+    started = time.monotonic()
+    for change in bad:
+        torch.save(content | change, path)
+        with pytest.raises(Problem, match=r"m\.pt") as refused:
+            codessm.load(path)
+        assert "\n" not in refused.value.message
+    assert time.monotonic() - started < 20
+    torch.save(content, path)
+    assert codessm.load(path)
+    for name, message in ((tmp_path / "none.pt", "No such file"), (tmp_path, "Is a directory")):
+        with pytest.raises(Problem, match=message):
+            codessm.load(name)
+
+
+def test_states_that_do_not_fit_are_refused(unfinished):
+    """Other settings, absent and wrong fields, tensors that go to kernels which trust their shapes."""
+    state, needed = tasks.read("model.pt.state"), (
+        "weights", "optimizer", "step", "window", "settings", "tokenizer", "log", "tokens", "evaluated", "best",
+        "metrics", "skipped", "failing", "processes")
+    moments = state["optimizer"]["state"]
+    number = next(n for n, m in moments.items() if m["exp_avg"].shape == (400, 64))
+    bad = [{key: value for key, value in state.items() if key != name} for name in needed]
+    bad += [state | change for change in (
+        *({name: None} for name in needed if state[name] is not None and name != "processes"),
+        {"step": -1}, {"step": 10**9}, {"best": {"a": 1}}, {"metrics": {}}, {"window": [torch.zeros(2)]}, {"log": "x"},
+        {"settings": {}}, {"settings": {"file small.jsonl": None}}, {"tokenizer": "{}"},
+        *({"optimizer": state["optimizer"] | {"state": moments | {number: moments[number] | other}}} for other in (
+            {"exp_avg": torch.zeros(1)}, {"exp_avg_sq": torch.zeros(1).expand(400, 64)}, {"step": None})))]
+    ways = [(changed, [], ["model.pt.state"]) for changed in bad]
+    ways += [(state, ["--lr", 0.5, "--batch", 4], ["batch 8, lr 0.002", "batch 4, lr 0.5"]),
+             (state, ["--seed", 1], ["seed 0", "seed 1"]), (state, ["--steps", 13], ["steps 12", "steps 13"])]
+    for content, args, named in ways:
+        torch.save(content, "model.pt.state")
+        before = {name: open(name, "rb").read() for name in os.listdir()}
+        code, said = cli(*unfinished, *args)
+        assert code == 2 and said.count("model.pt.state") == said.count("Error: ") == 1, said
+        assert ("--restart" in said or content["tokenizer"] == "{}") and all(name in said for name in named), said
+        assert {name: open(name, "rb").read() for name in os.listdir()} == before
+    assert codessm.load("model.pt.state").encoder.config["d"] == 64  # a state file is a checkpoint too
+    # that of a GPU is no other's: its learning rate is a tensor, its optimizer may be recorded
+    for group in state["optimizer"]["param_groups"]:
+        group.update(lr=torch.tensor(0.1), capturable=True)
+    torch.save(state, "model.pt.state")
+    with before_call(tasks.Stepper, "step", 2, send(signal.SIGINT)):
+        assert cli(*unfinished)[0] == 130
+    again = tasks.read("model.pt.state")
+    assert again["step"] == state["step"] + 2 == 5
+    for group in again["optimizer"]["param_groups"]:
+        assert type(group["lr"]) is float and not group["capturable"]
+    assert cli(*unfinished, "--lr", 0.5, "--restart")[0] == 0 and not os.path.exists("model.pt.state")
 
 
 # ---- strangers' files -------------------------------------------------------------------------------
 
-def test_checkpoints_that_spell_more_than_they_hold(task, tmp_path):
-    """Refused at once and in little memory: huge sizes, stretched, shared, sparse and compressed tensors."""
-    path = tmp_path / "m.pt"
-    tasks.save(path, task)
-    content = tasks.read(path)
-    weights, one = content["weights"], torch.zeros(1)
-    stretched = {name: one.expand(weight.shape) for name, weight in weights.items()}
-    half = {name: one.half().expand(weight.shape) for name, weight in weights.items()}
-    bad = [{"config": content["config"] | {name: size}} for name in ("vocab", "d", "layers", "N")
-           for size in (10**12, 10**30, -1, 0, 2.5, None, "x", True)]
-    bad += [{"config": config} for config in (None, [], {}, content["config"] | {"model": "evil"})]
-    bad += [{"weights": changed} for changed in (
-        stretched, half, None, [], {name: weight.to_sparse() for name, weight in weights.items()},
-        {name: weight.long() for name, weight in weights.items()}, {**weights, "more": one},
-        {name: 1 for name in weights})]
-    # its tensors are as large as its configuration says, and all of them one and the same byte
-    bad += [{"config": content["config"] | {"vocab": 10**9}, "weights": weights | {
-        "encoder.embedding.weight": one.expand(10**9, 32), "bias": one.expand(10**9)}}]
-    started = time.monotonic()
-    for change in bad:
-        torch.save(content | change, path)
-        with pytest.raises(Problem, match=r"m\.pt"):
-            codessm.load(path)
-    torch.save(content, path)
-    with zipfile.ZipFile(path) as whole, zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as bomb:
-        for name in whole.namelist():
-            bomb.writestr(name, whole.read(name))
-    with pytest.raises(Problem, match="bomb.pt is not a codessm checkpoint"):
-        codessm.load(tmp_path / "bomb.pt")
-    assert time.monotonic() - started < 20
-
-
-def test_states_whose_optimizer_does_not_fit(small):
-    """Its tensors go to kernels that trust their shapes."""
-    command = ["pretrain", small, *TINY, "--steps", 2]
-    with pytest.MonkeyPatch.context() as patch:
-        def stop(*_):
-            raise tasks.Interrupt
-        patch.setattr(tasks.Output, "finish", stop)
-        patch.setattr(tasks.Signals, "check", lambda self: setattr(self, "number", 15))
-        assert cli(*command)[0] == 143
-    state = tasks.read("model.pt.state")
-    for name, bad in (("exp_avg", torch.zeros(1)), ("exp_avg_sq", torch.zeros(1).expand(400, 128)), ("step", None)):
-        moments = state["optimizer"]["state"]
-        number = next(n for n, m in moments.items() if m["exp_avg"].shape == (400, 128))
-        changed = moments | {number: moments[number] | {name: bad}}
-        torch.save(state | {"optimizer": state["optimizer"] | {"state": changed}}, "model.pt.state")
-        code, said = cli(*command)
-        assert code == 2 and "model.pt.state does not fit this run: --restart discards it" in said
-    torch.save(state, "model.pt.state")
-    assert cli(*command)[0] == 0
-
-
-def test_long_lines_and_bombs(small, functions):
-    """One line of 3 MB, with --max-line 2; a gzip file that unpacks to a thousand times its size."""
+def test_long_lines(small, functions, quick):
     write_lines("long.jsonl", [*functions[:20], {"code": "x" * 3_000_000}, *functions[20:40]])
-    code, said = cli("pretrain", "long.jsonl", *TINY, "--steps", 1, "--max-line", 2)
-    assert code == 2 and "Error: long.jsonl:21: a line of more than 2.0 MB (--max-line takes longer ones)" in said
-    options = dict(longest=2_000_000)
-    corpus = data.Corpus(data.find_sources(["long.jsonl"], **options), skip_bad=True)
-    assert corpus.bad == 1 and [corpus[i][1] for i in (19, 20, 39)] == \
-        [data.Corpus(data.find_sources([write_lines("f.jsonl", functions[:40])]))[i][1] for i in (19, 20, 39)]
-    assert len(data.Corpus(data.find_sources(["long.jsonl"]))) == 41
-    with gzip.open("bomb.jsonl.gz", "wb") as file:
-        for _ in range(100):
-            file.write(b"\n" * 10**6)
-    code, said = cli("pretrain", "bomb.jsonl.gz", *TINY, "--steps", 1)
-    assert code == 2 and "Error: bomb.jsonl.gz: its first" in said and "more than 100 times as much" in said
-    assert sum(os.path.getsize(os.path.join(data.spool_folder(), name)) for name in os.listdir(data.spool_folder())
-               if name.endswith(".jsonl")) < 50_000_000
+    command = ["pretrain", "long.jsonl", *TINY, "--steps", 1, "--max-line"]
+    code, said = cli(*command, 2)
+    assert code == 2 and "long.jsonl:21: a line of more than 2.0 MB" in said and "--max-line" in said
+    assert "40 records" in cli(*command, 2, "--skip-bad")[1] and "41 records" in cli(*command, 4, "--restart")[1]
 
 
-def test_paths_in_data_are_not_opened(small, functions, tmp_path):
+def test_paths_in_data_are_not_opened(small, quick, functions, tmp_path):
     """A pipe, which would be waited for, is what every field names that might be taken for a file."""
     os.mkfifo("pipe")
     path = str(tmp_path / "pipe")
-    names = ("path", "file", "filename", "url", "repo", "idx", "docstring", "text", "include")
-    write_lines("c.jsonl", [{"code": f"open({path!r})\n{f['code']}"} | dict.fromkeys(names, path)
-                            for f in functions[:65]] + [{"code": code} for code in (path, f"file://{path}", f"@{path}")])
+    fields = dict.fromkeys(("path", "file", "filename", "url", "repo", "idx", "docstring", "text", "include"), path)
+    codes = [f"open({path!r})\n{f['code']}" for f in functions[:65]] + [path, f"file://{path}", f"@{path}"]
+    write_lines("c.jsonl", [{"code": code} | fields for code in codes])
     code, said = cli("pretrain", "c.jsonl", *TINY, "--steps", 1)
     assert code == 0, said
-
-
-def broken(content, rng):
-    """The bytes with a few changes: bits, blocks cut out, doubled or moved, and pieces that parsers dislike."""
-    content = bytearray(content)
-    for _ in range(rng.choice((1, 1, 2, 5))):
-        a, b = sorted((rng.randrange(len(content) + 1), min(len(content), rng.randrange(len(content) + 1))))
-        b = min(b, a + rng.choice((1, 4, 60)))
-        kind = rng.randrange(5)
-        if kind == 0 and content:
-            content[min(a, len(content) - 1)] ^= 1 << rng.randrange(8)
-        elif kind == 1:
-            del content[a:b]
-        elif kind == 2:
-            content[a:a] = content[a:b] * rng.choice((1, 3, 50))
-        elif kind == 3:
-            content[a:b] = rng.choice(PIECES)
-        else:
-            content = content[:a]
-    return bytes(content)
 
 
 PIECES = [b"[" * 5000, b'{"a":' * 5000, b"\x00", b"\xff\xfe", b"\xef\xbb\xbf", b"NaN", b"1e999", b"-", b'"', b"\\ud800",
@@ -252,40 +440,46 @@ PIECES = [b"[" * 5000, b'{"a":' * 5000, b"\x00", b"\xff\xfe", b"\xef\xbb\xbf", b
           "\u2028\U0010ffff".encode(), b"<s>", b"1" * 20, b"-1", b" "]
 
 
-def test_mutated_files_are_read_or_refused(functions, tokenizer, task, tmp_path):
-    """Some thousands of mutated lines and files for all readers: a result or one clear error, in 8 seconds."""
-    rng = random.Random(0)
-    parsers = [(data.Corpus.parse, SimpleNamespace(code_fields=data.CODE_FIELDS, text_fields=data.TEXT_FIELDS, texts=0,
-                                                   plain_text=True), json.dumps(f)) for f in functions[:5]]
-    parsers = [(partial(parse, corpus), line.encode()) for parse, corpus, line in parsers]
-    parsers += [(partial(data.parse_example, task_), task_.line.encode()) for task_ in data.TASKS.values()]
-    tasks.save(tmp_path / "m.pt", task)
+def broken(content, rng):
+    """The bytes with a few changes: bytes, blocks cut out or repeated, pieces that parsers dislike, the end gone."""
+    for _ in range(rng.choice((1, 1, 2, 5))):
+        begin = rng.randrange(len(content) + 1)
+        block = content[begin:begin + rng.choice((1, 4, 60))]
+        other = rng.choice((b"", block * rng.choice((2, 4, 50)), rng.choice(PIECES), bytes([rng.randrange(256)])))
+        content = content[:begin] + other + content[begin + len(block):] * (rng.random() < 0.8)
+    return content
+
+
+def test_mutated_files_are_read_or_refused(functions, corpus, tokenizer, make_case, tmp_path):
+    """Some thousands of mutated lines and files for all readers: a result or one clear error."""
+    rng, parsers = random.Random(0), [(corpus.parse, json.dumps(f).encode()) for f in functions[:5]]
+    parsers += [(partial(data.parse_example, task), task.line.encode()) for task in data.TASKS.values() if task.line]
     lines = "".join(json.dumps(f | {"label": str(i % 2), "text": "t", "idx": i}) + "\n"
-                    for i, f in enumerate(functions[:30]))
+                    for i, f in enumerate(functions[:30])).encode()
+    tasks.save(tmp_path / "m.pt", make_case("mlm").objective)
+    with zipfile.ZipFile(tmp_path / "c.zip", "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("c.jsonl", lines)
+    (tmp_path / "train.txt").write_text("0\n3\n")
     (tmp_path / "clone").mkdir()
-    files = {"c.jsonl": lines.encode(), "c.jsonl.gz": gzip.compress(lines.encode()),
-             "t.json": tokenizer.text.encode(), "m.pt": (tmp_path / "m.pt").read_bytes(),
-             "clone/data.jsonl": lines.encode(),
+    files = {"c.jsonl": lines, "c.jsonl.gz": gzip.compress(lines), "c.jsonl.bz2": bz2.compress(lines),
+             "c.zip": (tmp_path / "c.zip").read_bytes(), "t.json": tokenizer.text.encode(),
+             "m.pt": (tmp_path / "m.pt").read_bytes(), "clone/data.jsonl": lines,
              "clone/train.txt": b"".join(b"%d\t%d\t1\n" % (i, i + 1) for i in range(9)),
              "function.json": json.dumps([{"func": f["code"], "target": 1} for f in functions[:30]]).encode()}
-    (tmp_path / "clone" / "data.jsonl").write_bytes(lines.encode())
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
 
     def read(name):
-        path = str(tmp_path / name)
-        if name.startswith("c.jsonl"):
-            corpus = data.Corpus(data.find_sources([path]), skip_bad=rng.random() < 0.5)
-            return [corpus[i] for i in range(len(corpus))]
-        if name == "t.json":
-            return data.load_tokenizer(path).encode("def f(x): return x")
-        if name == "m.pt":
-            return codessm.load(path)
-        return data.Reader("clone" if "clone" in name else "devign", os.path.dirname(path), ["train"], ["train"])
+        path, task = str(tmp_path / name), "clone" if "clone" in name else "devign"
+        if name in ("t.json", "m.pt"):
+            return data.load_tokenizer(path).encode("def f(x): return x") if name == "t.json" else codessm.load(path)
+        dataset = data.Corpus(data.find_sources([path]), skip_bad=rng.random() < 0.5) if name.startswith("c.") else \
+            data.Benchmark(task, os.path.dirname(path), ["train"], ["train"])
+        return list(dataset.texts())
 
-    (tmp_path / "train.txt").write_text("0\n3\n")
-    deadline, counts = time.monotonic() + 8, [0, 0]
-    while time.monotonic() < deadline and sum(counts) < 5000:
-        parse, line = rng.choice(parsers)
-        name = rng.choice(list(files))
+    deadline, counts = time.monotonic() + 20, [0, 0]
+    while time.monotonic() < deadline and sum(counts) < 4000:
+        (parse, line), name = rng.choice(parsers), rng.choice(list(files))
         try:
             if rng.random() < 0.8:
                 parse(broken(line, rng).split(b"\n")[0])

@@ -1,10 +1,9 @@
-"""Masked language modelling, the training loop, checkpoints and resume."""
+"""Masked language modelling, optimizer steps, and runs: what they write and how they go on."""
 import copy
 import gzip
 import json
 import math
 import os
-import shutil
 import signal
 import time
 import types
@@ -17,42 +16,40 @@ import torch
 import codessm
 import data
 import tasks
-from codessm import Encoder
-from conftest import TINY, Forked, cli, program, wait_for, write_lines
-from data import Batch, Batches, Problem, Samples
-from tasks import MLM
+from conftest import KINDS, TINY, Forked, before_call, cli, same, send, wait_for, weights
+from data import Batch
 
 
 @pytest.fixture
-def task(tokenizer):
-    torch.manual_seed(0)
-    return MLM(Encoder(tokenizer.vocab, d=32, layers=2, N=8), tokenizer)
+def mlm(make_case):
+    """An objective and batches of 32."""
+    case = make_case("mlm", batch=32, N=8)
+    return case.objective, case.train
 
 
-def one_batch(corpus, tokenizer, size=32, ctx=64, epoch=0):
-    batches = Batches(Samples(corpus, tokenizer, ctx), corpus.train[:size], size, [ctx], tokenizer.pad)
-    return batches[epoch, 0][0]
+def flat(objective):
+    """All parameters in one row."""
+    return torch.cat([p.detach().flatten() for p in objective.parameters()])
 
 
 # ---- masks and the loss -----------------------------------------------------------------------------
 
-def test_masking_proportions(task, tokenizer):
+def test_masking_proportions(mlm, tokenizer):
     rng = np.random.default_rng(0)
     lengths = rng.integers(0, 257, 2000)
     ids = np.full((2000, 256), tokenizer.pad, np.int32)
     for row, length in zip(ids, lengths):
         row[:length] = rng.integers(0, tokenizer.vocab, length)  # special tokens among them
-    batch = Batch(ids, lengths.astype(np.int32), np.arange(2000), 3)
-    tensors, count = task.prepare(batch)
-    read, targets = tensors["ids"].numpy(), tensors["targets"].numpy()
-    chosen = targets != tasks.IGNORE
+    tensors, count = mlm[0].prepare(Batch(ids, lengths.astype(np.int32), np.arange(2000)[:, None], 3))
+    read, places, targets = (tensors[name].numpy() for name in ("ids", "places", "targets"))
+    chosen = np.zeros(ids.shape, bool)
+    chosen.flat[places] = True
     allowed = (np.arange(256) < lengths[:, None]) & ~np.isin(ids, tokenizer.special)
-    assert not (chosen & ~allowed).any() and chosen.sum() == count
-    assert (targets[chosen] == ids[chosen]).all() and (read[~chosen] == ids[~chosen]).all()
+    assert not (chosen & ~allowed).any() and chosen.sum() == len(targets) == count
+    assert (targets == ids.flat[places]).all() and (read[~chosen] == ids[~chosen]).all()
     # four standard errors of each share, of 250,000 tokens or 37,500 chosen ones
     assert abs(count / allowed.sum() - 0.15) < 4 * math.sqrt(0.15 * 0.85 / allowed.sum())
-    masked = read[chosen] == tokenizer.mask
-    kept = read[chosen] == ids[chosen]
+    masked, kept = read[chosen] == tokenizer.mask, read[chosen] == ids[chosen]
     lucky = 0.1 / len(tokenizer.ordinary)  # a random token that is the old one
     for share, expected in ((masked, 0.8), (kept, 0.1 + lucky)):
         assert abs(share.mean() - expected) < 4 * math.sqrt(expected * (1 - expected) / count)
@@ -60,82 +57,74 @@ def test_masking_proportions(task, tokenizer):
     assert not np.isin(random, tokenizer.special).any() and len(set(random)) > 0.9 * len(tokenizer.ordinary)
 
 
-def test_masks_depend_on_seed_epoch_and_record_alone(task, tokenizer, corpus):
-    batch = one_batch(corpus, tokenizer)
-    targets = task.prepare(batch)[0]["targets"]
-    part = Batch(np.pad(batch.ids[5:9], ((0, 0), (0, 8))), batch.lengths[5:9], batch.records[5:9], 0)
-    assert torch.equal(task.prepare(part)[0]["targets"][:, :64], targets[5:9])
-    assert not torch.equal(task.prepare(batch._replace(epoch=1))[0]["targets"], targets)
-    task.seed = 1
-    assert not torch.equal(task.prepare(batch)[0]["targets"], targets)
+def test_masks_depend_on_seed_epoch_item_and_position_alone(mlm):
+    def masks(batch):
+        """{(item, position): (target, id that is read)}"""
+        tensors, L = objective.prepare(batch)[0], batch.ids.shape[1]
+        return {(batch.items[place // L, 0], place % L): (target, int(tensors["ids"].flatten()[place]))
+                for place, target in zip(tensors["places"].tolist(), tensors["targets"].tolist())}
+
+    objective, batch = mlm[0], mlm[1][0]
+    whole = masks(batch)
+    rows = [9, 5, 7, 8, 6]
+    part = Batch(np.pad(batch.ids[rows], ((0, 0), (0, 8))), batch.lengths[rows], batch.items[rows])
+    assert masks(part) == {key: mask for key, mask in whole.items() if key[0] in part.items} and len(masks(part)) > 10
+    assert masks(batch._replace(epoch=1)).keys() != whole.keys()
+    objective.seed = 1
+    assert masks(batch).keys() != whole.keys()
 
 
-def test_loss_equals_its_definition_and_logits_are_made_where_masked_only(task, tokenizer, corpus, monkeypatch):
-    tensors, count = task.prepare(one_batch(corpus, tokenizer))
-    seen = []
-    logits = task.logits
-    monkeypatch.setattr(task, "logits", lambda hidden: seen.append(hidden.shape) or logits(hidden))
+def test_loss_equals_its_definition_and_logits_are_made_where_masked_only(mlm, monkeypatch):
+    objective, batch = mlm[0], mlm[1][0]
+    tensors, count = objective.prepare(batch)
+    seen, logits = [], objective.logits
+    monkeypatch.setattr(objective, "logits", lambda hidden: seen.append(hidden.shape) or logits(hidden))
     with torch.no_grad():
-        loss, correct, total = task.sums(**tensors).tolist()
-        everywhere = logits(task.encoder(tensors["ids"], tensors["lengths"])).double().numpy()
+        loss, correct, total = objective.loss(**tensors).tolist()
+        everywhere = logits(objective.encoder(tensors["ids"], tensors["lengths"])).double().flatten(0, 1).numpy()
     assert seen == [(count, 32)] and total == count > 100
     expected, hits = 0.0, 0
-    for row, targets in zip(everywhere, tensors["targets"].tolist()):
-        for x, target in zip(row, targets):
-            if target != tasks.IGNORE:
-                expected += math.log(sum(map(math.exp, x))) - x[target]
-                hits += x.argmax() == target
+    for place, target in zip(tensors["places"].tolist(), tensors["targets"].tolist()):
+        x = everywhere[place]
+        expected += math.log(sum(map(math.exp, x))) - x[target]
+        hits += x.argmax() == target
     assert abs(loss / expected - 1) < 1e-5 and correct == hits
-    metrics = task.metrics(task.outputs([one_batch(corpus, tokenizer)]))
+    metrics, _ = tasks.evaluate(objective, [batch], None, compiled=False)
     assert abs(metrics["loss"] - expected / count) < 1e-5 and abs(metrics["accuracy"] - hits / count) < 1e-9
     assert abs(metrics["perplexity"] / math.exp(expected / count) - 1) < 1e-4
 
 
-@pytest.mark.parametrize("vocab", [301, 304])
-def test_logits_of_any_vocabulary_equal_the_product_in_bfloat16(tokenizer, vocab):
-    """Also of one that autocast has to pad: logits and all gradients are those of the rounded tensors in float64."""
-    task = MLM(Encoder(vocab, d=64, layers=1), tokenizer)
-    task.bias = torch.nn.Parameter(torch.randn(vocab))
-    hidden, weights = torch.randn(40, 64), torch.randn(40, vocab).bfloat16().double()
-    with torch.autocast("cpu", torch.bfloat16):
-        logits = task.logits(hidden)
-        x = task.norm(torch.nn.functional.gelu(task.dense(hidden))).detach().bfloat16().double()
-    (logits.double() * weights).sum().backward()
-    W, b = task.encoder.embedding.weight, task.bias
-    expected = x @ W.detach().bfloat16().double().T + b.detach().bfloat16().double()
-    assert logits.shape == (40, vocab) and logits.dtype == torch.bfloat16
-    for ours, theirs in ((logits, expected), (W.grad, weights.T @ x), (b.grad, weights.sum(0))):
-        assert (ours - theirs).norm() < 5e-3 * theirs.norm()
-
-
-def test_of_a_compiled_task_the_chosen_tokens_have_a_fixed_number(task, tokenizer, corpus):
+def test_compiled_the_chosen_tokens_have_a_fixed_number(mlm, tokenizer):
     """Compiled, batches of one shape have tensors of one shape, and the same losses as before."""
-    batches = [one_batch(corpus, tokenizer, epoch=epoch) for epoch in range(5)]
+    ids = np.random.default_rng(0).choice(tokenizer.ordinary, (32, 64))
+    objective, batches = mlm[0], [Batch(ids, np.full(32, 63, np.int32), np.arange(32)[:, None], i) for i in range(5)]
     with torch.no_grad():
-        eager = [task.sums(**task.prepare(batch)[0]) for batch in batches]
-        task.compiled = True
-        prepared = [task.prepare(batch) for batch in batches]
-        assert all(torch.equal(task.sums(**tensors), sums) for (tensors, _), sums in zip(prepared, eager))
-    shapes = {tensors["where"].shape for tensors, _ in prepared}
-    counts = {count for _, count in prepared}
-    assert len(shapes) == 1 < len(counts) and max(counts) <= shapes.pop()[0] < 2 * max(counts)
-    dense = Batch(np.full((4, 64), 50, np.int32), np.full(4, 64, np.int32), np.arange(4), 0)
-    tensors, _ = task.prepare(dense)
-    assert "lengths" not in tensors and "lengths" in prepared[0][0]  # without padding there is no mask
+        eager = [objective.loss(**objective.prepare(batch)[0]) for batch in batches]
+        objective.compiled = True
+        prepared = [objective.prepare(batch) for batch in batches]
+        assert all(torch.equal(objective.loss(**tensors), sums) for (tensors, _), sums in zip(prepared, eager))
+        empty, count = objective.prepare(batches[0]._replace(lengths=np.zeros(32, np.int32)))
+        assert count == 0 == objective.loss(**empty).abs().sum() and empty["places"].shape == empty["targets"].shape
+    counts, (number,) = {count for _, count in prepared}, empty["places"].shape
+    assert {tensors["places"].shape for tensors, _ in prepared} == {(number,)}
+    assert len(counts) > 1 and max(counts) <= number < 2 * max(counts)
+    whole = batches[0]._replace(lengths=np.full(32, 64, np.int32))
+    assert "lengths" not in objective.prepare(whole)[0] and "lengths" in prepared[0][0]  # without padding no mask
 
 
-def test_accumulation_changes_memory_and_nothing_else(tokenizer, corpus):
-    """Three uneven pieces of a batch that hold different numbers of masked tokens, against the whole."""
-    weights = []
+# ---- steps ------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_accumulation_changes_memory_and_nothing_else(kind, make_case):
+    """Three uneven pieces of a batch with different numbers of predictions, some empty rows, against the whole."""
+    found = []
     for accumulate in (1, 3):
-        torch.manual_seed(0)
-        task = MLM(Encoder(tokenizer.vocab, d=32, layers=2, N=8), tokenizer)
-        optimizer = torch.optim.SGD(task.parameters(), lr=0.1)
-        for epoch in range(3):
-            sums = tasks.Stepper(task, optimizer, accumulate)(one_batch(corpus, tokenizer, 32, epoch=epoch))
-        weights.append((sums, torch.cat([p.detach().flatten() for p in task.parameters()])))
-    assert torch.allclose(weights[0][0], weights[1][0], rtol=1e-5)
-    assert torch.allclose(weights[0][1], weights[1][1], atol=1e-6)
+        case = make_case(kind, batch=32)
+        stepper = tasks.Stepper(case.objective, torch.optim.SGD(case.objective.parameters(), lr=0.1), accumulate)
+        sums = [stepper(case.train[number]) for number in range(3)]
+        found.append((torch.stack(sums), flat(case.objective)))
+    assert torch.allclose(found[0][0], found[1][0], rtol=1e-5)
+    assert torch.allclose(found[0][1], found[1][1], atol=1e-6)
 
 
 def test_learning_rate():
@@ -144,12 +133,14 @@ def test_learning_rate():
     assert 0 < rates[-1] < 1e-4 and rates[100:] == sorted(rates[100:], reverse=True)
     assert tasks.learning_rate(299, 10_000, 2.0) == 2.0 > tasks.learning_rate(298, 10_000, 2.0)
     assert [tasks.learning_rate(0, steps, 2.0) for steps in (1, 9)] == [2.0, 2.0]
+    linear = np.array([tasks.learning_rate(step, 1000, 2.0, "linear") for step in range(1000)])
+    assert np.allclose(linear[100:], 2.0 * np.arange(900, 0, -1) / 900) and (linear[:100] == rates[:100]).all()
 
 
-def test_what_decays(task):
-    decays, free = (set(map(id, group["params"])) for group in tasks.adamw(task, 1e-3).param_groups)
-    names = {name for name, p in task.named_parameters() if id(p) in decays}
-    assert len(decays) + len(free) == len(list(task.parameters()))
+def test_what_decays(mlm):
+    decays, free = (set(map(id, group["params"])) for group in tasks.adamw(mlm[0], 1e-3).param_groups)
+    names = {name for name, p in mlm[0].named_parameters() if id(p) in decays}
+    assert len(decays) + len(free) == len(list(mlm[0].parameters()))
     layer = {f"encoder.layers.{i}.{name}.weight" for i in range(2) for name in ("v", "fb", "u1", "u2", "u", "o")}
     assert names == layer | {"encoder.embedding.weight", "dense.weight"}
 
@@ -163,20 +154,20 @@ def test_a_step_is_adamw_with_the_clipped_gradient(fused):
             super().__init__()
             self.w = torch.nn.Linear(3, 2)
 
-        def sums(self, g):
+        def loss(self, g):
             return torch.stack([(g[:, :3] * self.w.weight).sum() + (g[:, 3] * self.w.bias).sum(), *torch.ones(2)])
 
-    task, rng = Given(), np.random.default_rng(0)
-    optimizer = tasks.adamw(task, 0.1)
+    objective, rng = Given(), np.random.default_rng(0)
+    optimizer = tasks.adamw(objective, 0.1)
     if not fused:
         optimizer = torch.optim.AdamW(optimizer.param_groups, fused=False)
         optimizer.defaults["fused"] = False
-    stepper = tasks.Stepper(task, optimizer)
+    stepper = tasks.Stepper(objective, optimizer)
 
-    def weights():
-        return np.hstack([task.w.weight.detach().numpy(), task.w.bias.detach().numpy()[:, None]]).astype(np.float64)
+    def parameters():
+        return torch.cat([objective.w.weight, objective.w.bias[:, None]], 1).detach().double().numpy()
 
-    w, m, v, t = weights(), 0.0, 0.0, 0
+    w, m, v, t = parameters(), 0.0, 0.0, 0
     for norm in (0.3, 7.0, math.nan, 0.8, 20.0, 0.05):
         g = rng.standard_normal((2, 4))
         g *= norm / np.linalg.norm(g)
@@ -187,186 +178,113 @@ def test_a_step_is_adamw_with_the_clipped_gradient(fused):
             m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
             w = w * (1 - 0.1 * np.array([0.01, 0.01, 0.01, 0])) \
                 - 0.1 * (m / (1 - 0.9 ** t)) / (np.sqrt(v / (1 - 0.999 ** t)) + 1e-8)
-        assert np.abs(weights() - w).max() < 2e-6
+        assert np.abs(parameters() - w).max() < 2e-6
 
 
-def test_a_tiny_model_overfits_32_samples(tokenizer, corpus):
+def test_a_tiny_model_overfits_32_samples(make_case):
     """More than 95 % on masks that it has never been trained on, of samples that it has."""
-    STEPS = 250
-    torch.manual_seed(0)
-    task = MLM(Encoder(tokenizer.vocab, **codessm.SIZES["tiny"]), tokenizer)
-    optimizer = tasks.adamw(task, 0)
-    stepper, batch = tasks.Stepper(task, optimizer), one_batch(corpus, tokenizer, ctx=16)
+    STEPS = 200
+    case = make_case("mlm", ctx=16, batch=32, N=64, **codessm.SIZES["tiny"])
+    optimizer, batch = tasks.adamw(case.objective, 0), case.train[0]
+    stepper = tasks.Stepper(case.objective, optimizer)
     for step in range(STEPS):
         for group in optimizer.param_groups:
             group["lr"] = tasks.learning_rate(step, STEPS, 4e-3)
         stepper(batch._replace(epoch=step))
-    with torch.no_grad():
-        metrics = task.metrics(task.outputs(batch._replace(epoch=epoch) for epoch in range(STEPS, STEPS + 10)))
-    assert metrics["accuracy"] > 0.95
+    fresh = [batch._replace(epoch=epoch) for epoch in range(STEPS, STEPS + 10)]
+    assert tasks.evaluate(case.objective, fresh, None, compiled=False)[0]["accuracy"] > 0.95
 
 
 @torch._dynamo.config.patch(cache_size_limit=2)  # (its own is 8; earlier tests leave 256)
 @pytest.mark.parametrize("model", ["codessm", "rocoder"])
-def test_compilations_are_as_many_as_lengths_and_modes(model, tokenizer, corpus, compiler, monkeypatch):
+def test_compilations_are_as_many_as_lengths_and_modes(model, make_case, compiler, monkeypatch):
     """Over two epochs of mixed lengths and an evaluation; hitting dynamo's limit would fail (`compiler`)."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     graphs = torch._dynamo.utils.counters["stats"]
-    samples = data.Samples(corpus, tokenizer, 64)
-    batches = data.Batches(samples, corpus.train[:24], 2, [32, 48, 64], tokenizer.pad, 0)
-    assert len({batch.ids.shape for batch in batches.stream(stop=len(batches))}) > 2
-    task = MLM(Encoder(tokenizer.vocab, d=64, layers=2, N=4, model=model), tokenizer)
-    assert tasks.compile_parts(task, True)
+    case = make_case("mlm", batch=6, d=64, model=model)
+    objective, batches = case.objective, case.train
+    assert len({batch.ids.shape for batch in batches}) > 2
+    assert tasks.compile_objective(objective, True)
     before = graphs["unique_graphs"]
-    stepper, seen = tasks.Stepper(task, tasks.adamw(task, 1e-3)), set()
+    stepper, seen = tasks.Stepper(objective, tasks.adamw(objective, 1e-3)), set()
     for epoch, training in ((0, True), (0, False), (1, True)):
-        for batch in batches.stream(epoch * len(batches), (epoch + 1) * len(batches)):
-            tensors, _ = task.prepare(batch)
+        for number in range(epoch * len(batches), (epoch + 1) * len(batches)):
+            batch = batches[number]
+            tensors, _ = objective.prepare(batch)
             L, masked = batch.ids.shape[1], "lengths" in tensors
-            seen |= {("layer", L, masked, training), ("head", tensors["where"].shape, training),
+            seen |= {("layer", L, masked, training), ("head", tensors["places"].shape, training),
                      *((end, L, training) for end in (("embedding", "sum") if model == "codessm" else ("embedding",)))}
             if training:
                 stepper(batch)
             else:
                 with torch.no_grad():
-                    tasks.compute(task, tensors)
+                    tasks.compute(objective, objective.loss, tensors)
     assert graphs["unique_graphs"] - before == len(seen)
 
 
-def test_where_a_step_cannot_be_recorded_the_run_goes_on_without(task, tokenizer, corpus, monkeypatch, capsys):
-    """And takes the same steps; what is recorded are shapes that came twice before."""
-    recorded = []
-
-    def record(_recorder, shapes, _tensors):
-        recorded.append(dict(shapes)["ids"])
-        raise RuntimeError("operation not permitted when stream is capturing")
-
-    monkeypatch.setattr(tasks.Recorder, "record", record)
-    task.compiled = True
-    weights = []
-    for graphs in (False, True):
-        other = copy.deepcopy(task)
-        stepper = tasks.Stepper(other, torch.optim.SGD(other.parameters(), lr=0.1))
-        stepper.recorder.wanted = graphs  # which needs a GPU
-        for epoch, ctx in enumerate((64, 32, 64, 32, 64, 64)):
-            stepper(one_batch(corpus, tokenizer, 16, ctx, epoch))
-        weights.append(torch.cat([p.detach().flatten() for p in other.parameters()]))
-    assert torch.equal(*weights) and recorded == [(16, 64)] and not stepper.recorder.wanted
-    assert capsys.readouterr().err.count("could not be recorded as a CUDA graph (operation not permitted") == 1
-
-
-def test_a_replayed_step_reads_its_batch(task, tokenizer, corpus, monkeypatch):
+@pytest.mark.parametrize("works", [True, False])
+def test_recorded_steps_are_steps_and_where_none_can_be_recorded_the_run_goes_on(works, mlm, monkeypatch, capsys):
     """With a recording that is no CUDA graph but steps on the tensors it was given: batches, counts and masks."""
-    replays = []
+    recorded, replays = [], []
 
     def record(recorder, shapes, tensors):
+        recorded.append(dict(shapes)["ids"])
+        if not works:
+            raise RuntimeError("operation not permitted when stream is capturing")
         static, total = {name: tensor.clone() for name, tensor in tensors.items()}, torch.zeros(3)
-
-        def replay():
-            replays.append(shapes)
-            total.copy_(recorder.function(static))
-
-        recorder.recorded[shapes] = types.SimpleNamespace(replay=replay), static, total
+        recorder.recorded[shapes] = types.SimpleNamespace(
+            replay=lambda: (replays.append(shapes), total.copy_(recorder.function(static)))), static, total
 
     monkeypatch.setattr(tasks.Recorder, "record", record)
-    task.compiled, found = True, []
-    dense = Batch(np.full((16, 64), 50, np.int32), np.full(16, 64, np.int32), np.arange(16), 0)
+    dense = Batch(np.full((32, 64), 50, np.int32), np.full(32, 64, np.int32), np.arange(32)[:, None])
+    short, found = Batch(dense.ids[:, :32], dense.lengths // 2, dense.items), []
     for graphs in (False, True):
-        other = copy.deepcopy(task)
-        stepper = tasks.Stepper(other, torch.optim.SGD(other.parameters(), lr=0.1))
-        stepper.recorder.wanted = graphs
-        sums = [stepper(dense._replace(epoch=epoch) if epoch % 2 else one_batch(corpus, tokenizer, 16, 64, epoch))
-                for epoch in range(9)]
-        found.append(torch.cat([*sums, *(p.detach().flatten() for p in other.parameters())]))
-    assert torch.equal(*found) and len(replays) == 9 - 4 and len(set(replays)) == 2  # with a mask and without
+        objective = copy.deepcopy(mlm[0])
+        objective.compiled = True
+        stepper = tasks.Stepper(objective, torch.optim.SGD(objective.parameters(), lr=0.1))
+        stepper.recorder.enabled = graphs  # as on a GPU
+        sums = [stepper(batch._replace(epoch=epoch)) for epoch, batch in
+                enumerate((mlm[1][0], dense, mlm[1][0], short, dense, mlm[1][0], dense, mlm[1][0], short))]
+        found.append(torch.cat([*sums, flat(objective)]))
+    assert torch.equal(*found)  # what came twice before is recorded, with a mask and without
+    assert recorded == [(32, 64)] * (2 if works else 1) and len(replays) == (3 if works else 0)
+    assert stepper.recorder.enabled == works
+    assert capsys.readouterr().err.count("could not be recorded as a CUDA graph (operation not") == (not works)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.parametrize("kind", ["mlm", "classify", "pair", "retrieval"])
-def test_recorded_steps_are_steps(kind, tokenizer, corpus):
-    """On a GPU ten steps of two lengths, replayed and not, end with the same weights."""
-    rng, weights = np.random.default_rng(0), []
-    ids = [rng.integers(4, tokenizer.vocab, (10, 8, L)).astype(np.int32) for L in (24, 40)]
-    lengths, labels = np.full(8, 20, np.int32), rng.integers(0, 2, (10, 8))
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "tag"])
+def test_steps_recorded_on_a_gpu_are_steps(kind, make_case):
+    """Ten of two batches, replayed and not, end with the same weights."""
+    found = []
     for graphs in (False, True):
-        torch.manual_seed(0)
-        encoder = Encoder(tokenizer.vocab, d=64, layers=2)
-        task = (MLM(encoder, tokenizer) if kind == "mlm" else
-                tasks.OBJECTIVES[kind](encoder, tokenizer, kind, ["0", "1"], 64)).cuda()
-        assert tasks.compile_parts(task, True)
-        stepper = tasks.Stepper(task, tasks.adamw(task, 1e-3), graphs=graphs)
+        case = make_case(kind, d=64)
+        objective = case.objective.cuda()
+        assert tasks.compile_objective(objective, True)
+        stepper = tasks.Stepper(objective, tasks.adamw(objective, 1e-3), graphs=graphs)
         for step in range(10):
-            second = (ids[0][step], lengths) if kind in ("pair", "retrieval") else None
-            stepper(Batch(ids[step % 2][step], lengths, np.arange(8) + 8 * step, 0, second, labels[step]))
-        weights.append(torch.cat([p.detach().flatten() for p in task.parameters()]))
-        assert len(stepper.recorder.recorded) == (2 if graphs else 0)
-    assert (weights[0] - weights[1]).abs().max() < 1e-3 and (weights[0] - weights[1]).norm() < 1e-2 * weights[0].norm()
+            stepper(case.train[step % 2]._replace(epoch=step))
+        found.append(flat(objective))
+        assert bool(stepper.recorder.recorded) == graphs == stepper.recorder.enabled
+    assert (found[0] - found[1]).abs().max() < 1e-3 and (found[0] - found[1]).norm() < 1e-2 * found[0].norm()
 
 
-def test_without_a_compiler_a_line_says_so_and_the_run_goes_on(small, monkeypatch):
+def test_without_a_compiler_a_line_says_so_and_the_run_goes_on(small, quick, monkeypatch):
     def fail(*_args, **_options):
         raise RuntimeError("Cannot find a working triton installation.\nMore of it.")
     monkeypatch.setattr(torch, "compile", fail)
     code, said = cli("pretrain", small, *TINY, "--steps", 2, "--compile")
-    assert code == 0 and "no compiler works on cpu, so nothing is compiled (Cannot find a working triton" in said
+    assert code == 0 and "no compiler works on cpu" in said and "Cannot find a working triton" in said
     assert "More of it" not in said and os.path.exists("model.pt")
 
 
-# ---- checkpoints ------------------------------------------------------------------------------------
+# ---- checkpoints and what a run writes --------------------------------------------------------------
 
-def test_save_and_load(task, tmp_path, tokenizer, corpus):
-    path = tmp_path / "m.pt"
-    codessm.save(path, task)
-    again = codessm.load(path)
-    batch = one_batch(corpus, tokenizer)
-    ids, lengths = torch.from_numpy(batch.ids), torch.from_numpy(batch.lengths)
-    with torch.no_grad():
-        assert torch.equal(again.logits(again.encoder(ids, lengths)), task.eval().logits(task.encoder(ids, lengths)))
-    assert again.tokenizer.encode("x = 1") == tokenizer.encode("x = 1") and not again.training
-    assert all(p.requires_grad for p in again.parameters())
+def folder():
+    return {name: (os.stat(name).st_mtime_ns, open(name, "rb").read()) for name in os.listdir()}
 
 
-def test_loading_runs_no_code(tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return os.system, (f"touch {tmp_path}/ran",)
-    torch.save({"format": tasks.FORMAT, "weights": Evil()}, tmp_path / "m.pt")
-    with pytest.raises(Problem, match="m.pt is not a codessm checkpoint"):
-        codessm.load(tmp_path / "m.pt")
-    assert not (tmp_path / "ran").exists()
-
-
-def test_files_that_are_no_checkpoint(task, tmp_path):
-    good = tmp_path / "good.pt"
-    codessm.save(good, task)
-    content = tasks.read(good)
-    for name, bad in {"text.pt": b"hello", "empty.pt": b"", "cut.pt": good.read_bytes()[:-5000]}.items():
-        (tmp_path / name).write_bytes(bad)
-        with pytest.raises(Problem, match=f"{name} is not a codessm checkpoint, or not a whole one"):
-            codessm.load(tmp_path / name)
-    torch.save([1], tmp_path / "list.pt")
-    with pytest.raises(Problem, match="not a codessm checkpoint"):
-        codessm.load(tmp_path / "list.pt")
-    for change in ({"config": content["config"] | {"d": 64}}, {"config": {"depth": 3}}, {"weights": {}}):
-        torch.save(content | change, tmp_path / "misfit.pt")
-        with pytest.raises(Problem, match="its weights do not fit its configuration"):
-            codessm.load(tmp_path / "misfit.pt")
-    for path, message in ((tmp_path / "none.pt", "No such file"), (tmp_path, "Is a directory")):
-        with pytest.raises(Problem, match=message):
-            codessm.load(path)
-
-
-# ---- runs -------------------------------------------------------------------------------------------
-
-def weights(path):
-    return tasks.read(path)["weights"]
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def test_a_run_writes_what_it_says(small):
+def test_a_run_writes_what_it_says_and_once_finished_nothing(small, quick):
     code, printed = cli("pretrain", small, *TINY, "--epochs", 2, "--json", "-o", "m.pt")
     result = json.loads(printed[printed.index('{"output"'):].splitlines()[0])
     assert code == 0 and sorted(os.listdir()) == ["m.pt", "m.pt.jsonl", "small.jsonl"]
@@ -375,175 +293,71 @@ def test_a_run_writes_what_it_says(small):
     assert result["steps"] == 16 and [line["step"] for line in trained] == list(range(1, 17))
     assert [line["step"] for line in evaluated] == [*range(0, 17, 2)]
     assert abs(trained[-1]["epoch"] - 2) < 1e-9 and trained[-1]["loss"] < trained[0]["loss"]
-    best = min(evaluated, key=lambda line: line["valid_loss"])
-    metrics = {f"valid_{name}": result[name] for name in ("loss", "accuracy", "perplexity")}
-    assert metrics | {"step": best["step"]} == best
-    model = codessm.load("m.pt")
-    assert result["parameters"] == sum(p.numel() for p in model.parameters())
-
-
-def test_without_steps_it_is_one_epoch(small):
-    code, printed = cli("pretrain", small, *TINY)
+    best = min(evaluated[1:], key=lambda line: line["valid_loss"])
+    assert {name: result[name] for name in ("valid_loss", "valid_accuracy", "valid_perplexity")} \
+        | {"step": best["step"]} == best
+    assert result["parameters"] == sum(p.numel() for p in codessm.load("m.pt").parameters())
+    code, printed = cli("pretrain", small, *TINY)  # without --steps it is one epoch
     assert code == 0 and "8 steps of 8 samples (1.0 epochs)" in printed
-    assert "model.pt: 8 steps in" in printed and "on 6 held-out records loss" in printed
-
-
-def test_workers_and_files_do_not_change_the_result(small, functions):
-    """Two worker processes; the corpus through a gzip file in a folder, and through standard input."""
-    assert cli("pretrain", small, *TINY, "--steps", 6, "-o", "a.pt")[0] == 0
-    assert cli("pretrain", small, *TINY, "--steps", 6, "-o", "b.pt", "--workers", 2)[0] == 0
-    assert cli("pretrain", "-", *TINY, "--steps", 6, "-o", "c.pt", input=open(small, "rb").read())[0] == 0
-    os.mkdir("folder")
-    with gzip.open("folder/c.jsonl.gz", "wb") as file:
-        file.write(open(small, "rb").read())
-    assert cli("pretrain", "folder", *TINY, "--steps", 6, "-o", "d.pt")[0] == 0
-    for other in "bcd":
-        assert same(weights("a.pt"), weights(f"{other}.pt"))
-    assert cli("pretrain", small, *TINY, "--steps", 6, "-o", "e.pt", "--seed", 1)[0] == 0
-    assert not same(weights("a.pt"), weights("e.pt"))
-
-
-def logged_steps(path):
-    try:
-        return max((json.loads(line)["step"] for line in open(path)), default=0)
-    except (FileNotFoundError, json.JSONDecodeError):
-        return 0
-
-
-def log_time(path):
-    return os.stat(path).st_mtime_ns if os.path.exists(path) else 0
-
-
-def test_a_killed_run_ends_as_an_undisturbed_one(small):
-    """SIGKILL at a random step, then another signal at a later one; each time the same command again at once.
-
-    With two worker processes, which must not outlive the run with its lock. States are saved at the ends of
-    epochs, or (0 seconds) in the midst of them as well.
-    """
-    command = ["pretrain", small, *TINY, "--steps", 40, "--workers", 2]
-    code, said = cli(*command, "-o", "whole.pt")
-    assert code == 0, said
-    rng = np.random.default_rng(int(time.time()))
-    stops = [*zip(sorted(rng.integers(8, 29, 2).tolist()), (signal.SIGKILL, signal.SIGTERM),
-                  rng.permutation([0, 300]).tolist())]
-    for stop, number, save_seconds in stops:
-        before = log_time("m.pt.jsonl")
-        run = Forked(*command, "-o", "m.pt", SAVE_SECONDS=save_seconds)
-        wait_for(lambda: log_time("m.pt.jsonl") > before and logged_steps("m.pt.jsonl") >= stop
-                 and os.path.exists("m.pt.state"), run)
-        run.send_signal(number)
-        _, said = run.communicate()
-        if number == signal.SIGKILL:
-            assert run.returncode == -9
-        else:
-            assert run.returncode == 128 + number, (stops, said)
-            assert "interrupted at step" in said and "the same command goes on from it" in said
-            assert "Traceback" not in said
-        assert not os.path.exists("m.pt")
-    code, said = cli(*command, "-o", "m.pt")
-    assert code == 0 and "going on from step" in said
-    assert same(weights("m.pt"), weights("whole.pt")), stops
-    assert open("m.pt.jsonl").read() == open("whole.pt.jsonl").read(), stops
-    assert not os.path.exists("m.pt.state")
-
-
-def test_streaming_leaves_the_random_state_alone(tokenizer, corpus):
-    """Or a resumed run, which streams anew, would not have the state that it saved."""
-    before = torch.get_rng_state()
-    batches = Batches(Samples(corpus, tokenizer, 32), corpus.train, 8, [32], tokenizer.pad)
-    list(batches.stream(0, 1))
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def folder():
-    return {name: (os.stat(name).st_mtime_ns, open(name, "rb").read()) for name in os.listdir()}
-
-
-def test_a_finished_run_is_not_touched(small):
-    command = ["pretrain", small, *TINY, "--steps", 2]
-    assert cli(*command)[0] == 0
+    assert "model.pt: 8 steps in" in printed and "6 examples: loss" in printed
     before = folder()
-    code, said = cli(*command)
-    assert code == 2 and folder() == before
-    assert "model.pt is a finished run's: give another -o, or --restart to replace it" in said
-    assert cli(*command, "--restart")[0] == 0 and folder().keys() == before.keys()
+    code, said = cli("pretrain", small, *TINY)
+    assert code == 2 and folder() == before and "model.pt is a finished run's" in said and "--restart" in said
+    assert cli("pretrain", small, *TINY, "--restart")[0] == 0 and folder().keys() == before.keys()
     assert folder()["model.pt"] != before["model.pt"]
 
 
-@pytest.fixture(scope="module")
-def interrupted(functions, tmp_path_factory):
-    """A command, and the folder in which it left a state when it was interrupted."""
-    path, command = tmp_path_factory.mktemp("interrupted"), ["pretrain", "small.jsonl", *TINY, "--steps", 5000]
-    write_lines(path / "small.jsonl", functions[:65])
-    run = program(*command, cwd=path)
-    wait_for((path / "model.pt.state").exists, run)
-    run.send_signal(signal.SIGINT)
-    assert run.communicate(timeout=60) and run.returncode == 130
-    return command, path
+def test_neither_pipes_nor_the_token_store_change_the_result_and_the_seed_does(small, quick, monkeypatch):
+    command = ["pretrain", *TINY, "--steps", 12]
+    assert cli(*command, small, "-o", "a.pt")[0] == 0
+    assert cli(*command, "-", "-o", "b.pt", input=gzip.compress(open(small, "rb").read()))[0] == 0
+    assert cli(*command, small, "-o", "d.pt", "--seed", 1)[0] == 0
+    monkeypatch.setattr(data, "IN_MEMORY", 0)
+    assert cli(*command, small, "-o", "c.pt")[0] == 0
+    assert [same(weights("a.pt"), weights(f"{other}.pt")) for other in "bcd"] == [True, True, False]
 
 
-@pytest.fixture
-def unfinished(interrupted, small):
-    """That command, with what it left in the current folder."""
-    command, path = interrupted
-    shutil.copytree(path, ".", dirs_exist_ok=True)
-    return command
+def test_tokens_of_a_large_corpus_are_kept_for_a_run_that_goes_on(small, quick, monkeypatch):
+    """Beside the output, until it ends: they are made once."""
+    monkeypatch.setattr(data, "IN_MEMORY", 0)
+    command = ["pretrain", small, *TINY, "--steps", 12]
+    sequences, tokenised = data.Corpus.sequences, []
+    monkeypatch.setattr(data.Corpus, "sequences", lambda *args: tokenised.append(1) or sequences(*args))
+    assert cli(*command, "-o", "whole.pt")[0] == 0 and not os.path.exists("whole.pt.tokens")
+    for stop in (3, 2):
+        with before_call(tasks.Stepper, "step", stop, send(signal.SIGTERM)):
+            assert cli(*command)[0] == 143
+        assert os.path.getsize("model.pt.tokens")
+    tokenised.clear()
+    assert cli(*command)[0] == 0 and tokenised == [] and same(weights("model.pt"), weights("whole.pt"))
+    assert not os.path.exists("model.pt.tokens")
 
 
-def test_another_runs_state_is_refused(unfinished, small, functions):
-    before = folder()
-    code, said = cli(*unfinished, "--lr", "0.5", "--batch", "4")
-    assert code == 2 and folder() == before
-    assert "is of a run with batch 8, lr 0.002, and this one has batch 4, lr 0.5: repeat" in said
-    assert codessm.load("model.pt.state").encoder.config["d"] == 128  # a state file is a checkpoint too
-    write_lines(small, functions[:64])  # the corpus changed
-    code, said = cli(*unfinished)
-    assert code == 2 and "is of a run with corpus small.jsonl " in said
-    command = ["2" if word == 5000 else word for word in unfinished]
-    assert cli(*command)[0] == 2
-    assert cli(*command, "--restart")[0] == 0 and not os.path.exists("model.pt.state")
+def test_a_run_killed_at_random_moments_ends_as_an_undisturbed_one(small):
+    """Each time the same command again; states are saved at the ends of epochs, or (0 seconds) in between as well."""
+    command, waits = ["pretrain", small, *TINY, "--steps", 40], np.random.default_rng().random(2) / 5
+    assert cli(*command, "-o", "whole.pt")[0] == 0
+    for save_seconds, wait in zip((300, 0), waits):
+        run = Forked(*command, "-o", "m.pt", SAVE_SECONDS=save_seconds)
+        wait_for(lambda: os.path.exists("m.pt.state") and "training" in open("0.txt").read(), run)
+        time.sleep(wait)
+        run.kill()
+        run.join()
+    code, said = cli(*command, "-o", "m.pt")
+    assert code == 0 and "going on from step" in said and same(weights("m.pt"), weights("whole.pt")), waits
+    assert open("m.pt.jsonl").read() == open("whole.pt.jsonl").read() and not os.path.exists("m.pt.state"), waits
 
 
-def test_a_damaged_state_is_refused(unfinished):
-    content = open("model.pt.state", "rb").read()
-    open("model.pt.state", "wb").write(content[:len(content) // 2])
-    code, said = cli(*unfinished)
-    assert code == 2 and "model.pt.state is not a codessm checkpoint, or not a whole one" in said
-
-
-def test_a_state_with_wrong_fields_is_refused(unfinished):
-    state = tasks.read("model.pt.state")
-    for name, value in [(name, None) for name in ("weights", "optimizer", "step", "window", "random", "settings",
-                                                  "tokenizer", "log", "tokens")] + \
-            [("step", -1), ("step", 10**9), ("best", {"a": 1}), ("settings", {}), ("settings", {"corpus": None}),
-             ("log", "x")]:
-        torch.save(state | {name: value}, "model.pt.state")
-        before = folder()
-        code, said = cli(*unfinished)
-        assert code == 2 and said.count("model.pt.state") == said.count("--restart") == said.count("Error: ") == 1, said
-        assert folder() == before
-
-
-def test_a_gpus_state_goes_on_without_one(unfinished):
-    """Its learning rate is a tensor, and its optimizer may be recorded."""
-    state = tasks.read("model.pt.state")
-    for group in state["optimizer"]["param_groups"]:
-        group.update(lr=torch.tensor(0.1), capturable=True)
-    torch.save(state | {"random_cuda": torch.zeros(16, dtype=torch.uint8)}, "model.pt.state")
-    run = Forked(*unfinished, LOG_STEPS=1)
-    wait_for(lambda: logged_steps("model.pt.jsonl") > state["step"], run)
-    run.send_signal(signal.SIGINT)
-    _, said = run.communicate()
-    again = tasks.read("model.pt.state")
-    assert run.returncode == 130 and "going on from step" in said and again["step"] > state["step"]
-    groups = again["optimizer"]["param_groups"]
-    assert {(type(group["lr"]), group["capturable"]) for group in groups} == {(float, False)}
-
-
-def test_one_run_an_output(small):
-    run = Forked("pretrain", small, *TINY, "--steps", 5000)
-    wait_for(lambda: os.path.exists("model.pt.jsonl") and os.path.getsize("model.pt.jsonl"), run)
-    code, said = cli("pretrain", small, *TINY, "--steps", 5000)
-    assert code == 2 and "another run is writing model.pt" in said
-    run.kill()
-    run.communicate()
+def test_one_run_an_output(small, quick):
+    """By whatever name, also one that leads nowhere yet."""
+    os.symlink("model.pt", "link.pt")
+    os.symlink(".", "here")
+    names = ("model.pt", "link.pt", "here/model.pt", "here/link.pt")
+    for ours in names[:2]:
+        with tasks.Output(ours):
+            for other in names:
+                code, said = cli("pretrain", small, *TINY, "--steps", 1, "-o", other)
+                assert code == 2 and "another run is writing" in said and "model.pt" in said
+    assert cli("pretrain", small, *TINY, "--steps", 1, "-o", "link.pt")[0] == 0
+    assert os.path.islink("link.pt") and sorted(os.listdir()) == ["here", "link.pt", "model.pt", "model.pt.jsonl",
+                                                                  "small.jsonl"]
