@@ -933,7 +933,7 @@ def prepare(settings: Settings, output: tasks.Output) -> tuple:
     task = data.TASKS[settings.task]
     choose_device(settings.device)
     pretrained = load(settings.ckpt) if settings.ckpt is not None else None
-    init = tasks.InitialWeights(settings.init) if settings.init is not None else None
+    init = tasks.InitialWeights.read(settings.init) if settings.init is not None else None
     settings.ctx = bounded(settings.ctx, task.ctx, pretrained and pretrained.encoder, settings.ckpt)
     dataset = data.read_dataset(settings.task, settings.paths, task.splits, **reading(settings))
     if settings.tokenizer is not None:

@@ -335,12 +335,13 @@ def find_sources(paths: Iterable[str]) -> list[Source]:
         if os.path.isdir(path):
             found = [name for name in walk(path) if JSON_LINES.fullmatch(os.path.basename(name)) and not is_log(name)]
             if not found:
-                raise Problem(f"{path}: no file of JSON lines (.jsonl, .jsonlines, .json, also .gz, .bz2, .xz, .zip) in "
-                              f"this folder; `codessm corpus {path} -o corpus.jsonl` makes one of source files")
+                raise Problem(f"{path}: no file of JSON lines (.jsonl, .jsonlines, .json, compressed or in a .zip); "
+                              f"`codessm corpus {path} -o corpus.jsonl` makes one of source files")
         elif path == "-" or os.path.exists(path):
             found = [path]
         else:
-            found = sorted(p for p in glob.glob(path, recursive=True) if not is_log(p) and "__MACOSX" not in Path(p).parts)
+            found = sorted(p for p in glob.glob(path, recursive=True)
+                           if not is_log(p) and "__MACOSX" not in Path(p).parts)
             if not found:
                 raise Problem(f"{path}: no such file")
         for name in found:
@@ -613,8 +614,8 @@ class Split(NamedTuple):
 class Dataset:
     """What is read for a task: `Split`s of numbered items, and the passes over their texts.
 
-    A subclass reads its files once, to check and number what is in them. `sources` are the files, `bad` counts the lines
-    that were passed over, `count` is the number of items, `bytes` about the size of the texts, `labels` are those of the task.
+    A subclass reads its files once, to check and number what is in them. `sources` are the files, `bad` counts the
+    lines passed over, `count` the items, `bytes` is about the size of the texts, `labels` are those of the task.
     """
     splits: dict[str, Split]
     records: Records
@@ -843,13 +844,14 @@ def load_tokenizer(path: str) -> Tokenizer:
         return Tokenizer(read_text(path), path)
     if os.path.isfile(os.path.join(path, "tokenizer.json")):
         return load_tokenizer(os.path.join(path, "tokenizer.json"))
+    files = (os.path.join(path, name) for name in ("vocab.json", "merges.txt"))
     try:
-        model = tokenizers.ByteLevelBPETokenizer.from_file(*(os.path.join(path, f) for f in ("vocab.json", "merges.txt")))
+        model = tokenizers.ByteLevelBPETokenizer.from_file(*files)
     except Exception as error:  # the library raises nothing narrower
         raise Problem(f"{path}: no tokenizer.json there, nor vocab.json and merges.txt of a byte-level BPE ({error})"
                       ) from None
-    vocabulary = model.get_vocab()
-    model.add_special_tokens([name for names in (*SPECIALS.values(), ("<unk>",)) for name in names if name in vocabulary])
+    special = [name for names in (*SPECIALS.values(), ("<unk>",)) for name in names]
+    model.add_special_tokens([name for name in special if name in model.get_vocab()])
     return Tokenizer(model.to_str(), path)
 
 
@@ -907,7 +909,8 @@ class TokenStore:
 
     @staticmethod
     def write(file: BinaryIO, sequences: Iterable[Sequence], key: str, vocab: int, count: int | None) -> None:
-        """Write a store of `count` items from the sequences of some, in the order of their numbers; None, of windows."""
+        """Write a store of `count` items (None, of windows) from the sequences of some, in the order of their numbers.
+        """
         dtype = np.dtype(np.uint16 if vocab <= 2 ** 16 else np.int32)
         starts, heads, files = array.array("q", [0]), array.array("i"), array.array("q")
         tags, tag_starts = array.array("i"), array.array("q", [0])
@@ -1028,8 +1031,8 @@ def shuffled(n: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def static_lengths(ctx: int) -> np.ndarray:
-    """The lengths to which batches are padded: four in each octave from ctx down to a 64th of it, multiples of 8."""
-    octaves = 2.0 ** -np.arange(max(1, min(6, int(math.log2(ctx / 16)))))
+    """The lengths to which batches are padded: four in each octave from ctx down to about 40, multiples of 8."""
+    octaves = 2.0 ** -np.arange(max(1, math.ceil(math.log2(ctx / 40))))
     steps = np.outer(octaves, [1, 7 / 8, 6 / 8, 5 / 8]) * ctx
     return np.unique(np.ceil(steps / 8).astype(int) * 8).clip(max=ctx)
 
@@ -1509,7 +1512,8 @@ class Benchmark(Dataset):
         self.splits[split] = Split(examples, None if self.windows else np.array([index[label] for label in labels]),
                                    names)
 
-    def add_retrieval(self, split: str, examples: np.ndarray, queries: list[tuple], candidates: dict[int, object]) -> None:
+    def add_retrieval(self, split: str, examples: np.ndarray, queries: list[tuple],
+                      candidates: dict[int, object]) -> None:
         """A split of (text, code) items: `queries` are (key, name) of the query of each example, where those with the
         same key are one; `candidates` are the names of the items that are ranked.
 
@@ -1929,9 +1933,9 @@ def file_records(path: str, kind: str) -> Iterator[dict]:
 # ---- generated benchmarks ---------------------------------------------------------------------------
 
 FUNCTION = ast.FunctionDef, ast.AsyncFunctionDef
-NAME_FIELD = {ast.Name: "id", ast.arg: "arg", ast.alias: "asname", ast.FunctionDef: "name", ast.AsyncFunctionDef: "name",
-              ast.ClassDef: "name", ast.ExceptHandler: "name", ast.MatchAs: "name", ast.MatchStar: "name",
-              ast.MatchMapping: "rest", ast.Nonlocal: "names"}  # where a node spells what may be a variable
+NAME_FIELD = {ast.Name: "id", ast.arg: "arg", ast.alias: "asname", ast.FunctionDef: "name",
+              ast.AsyncFunctionDef: "name", ast.ClassDef: "name", ast.ExceptHandler: "name", ast.MatchAs: "name",
+              ast.MatchStar: "name", ast.MatchMapping: "rest", ast.Nonlocal: "names"}  # what may be a variable
 
 
 def scopes(table: symtable.SymbolTable) -> Iterator[symtable.SymbolTable]:
@@ -2110,8 +2114,8 @@ def build_benchmark(task: str, paths: Iterable[str], folder: str) -> None:
         if records:
             files.append((path, records))
     if len(files) < 3:
-        raise Problem(f"{', '.join(paths)}: only {len(files)} files with something to learn "
-                      f"({'functions with docstrings' if task == 'advtest' else 'annotations'}): three splits need more")
+        what = "functions with docstrings" if task == "advtest" else "annotations"
+        raise Problem(f"{', '.join(paths)}: only {len(files)} files with {what}: three splits need more")
     files.sort(key=lambda file: digest(file[0]))
     tenth = max(1, len(files) // 10)
     parts = {"test": files[:tenth], "valid": files[tenth:2 * tenth], "train": files[2 * tenth:]}

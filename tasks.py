@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Callable, Iterable, Iterator
+from typing import Callable, Iterable, Iterator, NamedTuple
 
 import numpy as np
 import torch
@@ -710,7 +710,7 @@ class Interrupt(KeyboardInterrupt):
 
 
 class Signals:
-    """Notes SIGINT, SIGTERM and SIGHUP inside a `with` block; `check()` raises `Interrupt` once one came to any rank."""
+    """Notes SIGINT, SIGTERM and SIGHUP inside a `with` block; `check()` raises `Interrupt` if one came to any rank."""
 
     def __init__(self):
         self.number = 0
@@ -827,9 +827,10 @@ def restore(content: dict, path: str | os.PathLike, make_encoder: Callable[..., 
     return objective
 
 
-# names of BiGS's tensors (the reference implementation of arXiv 2212.10544) and ours
+# what BiGS's reference implementation (of arXiv 2212.10544) calls our tensors: in a layer, and elsewhere
 BIGS_LAYER = {f"{theirs}.{kind}": f"{ours}.{kind}" for kind in ("weight", "bias") for theirs, ours in {
-    "LayerNorm": "norm", "dv": "v", "duc_forward": "u1", "duc_backward": "u2", "dol": "u", "do": "o"}.items()} | {
+    "LayerNorm": "norm", "dv": "v", "duc_forward": "u1", "duc_backward": "u2", "dol": "u", "do": "o",
+    "du_forward": "f", "du_backward": "b"}.items()} | {
     f"{theirs}.{name}": f"{ours}.{name.split('.')[-1]}"
     for theirs, ours in (("fs4", "forward_ssm"), ("bs4", "backward_ssm"))
     for name in ("D", "kernel.C", "kernel.log_step", "kernel.A_re", "kernel.A_im")}
@@ -839,68 +840,48 @@ BIGS_REST = {
     "embeddings.LayerNorm.weight": "encoder.norm.weight", "embeddings.LayerNorm.bias": "encoder.norm.bias",
     "cls.predictions.transform.dense.weight": "dense.weight", "cls.predictions.transform.dense.bias": "dense.bias",
     "cls.predictions.transform.LayerNorm.weight": "norm.weight",
-    "cls.predictions.transform.LayerNorm.bias": "norm.bias", "cls.predictions.bias": "bias"}
-# heads and embeddings that ours has not; the decoder is the embedding, and its bias is named above
-BIGS_OTHER = re.compile(r"embeddings\.(token_type_embeddings\.weight|position_ids|token_type_ids)|"
-                        r"pooler\..*|cls\.predictions\.decoder\.(weight|bias)|(classifier|qa_outputs)\..*")
+    "cls.predictions.transform.LayerNorm.bias": "norm.bias", "cls.predictions.bias": "bias",
+    "embeddings.token_type_embeddings.weight": "types", "cls.predictions.decoder.weight": "decoder"}
+# heads and buffers that ours has not; the decoder's bias is named above
+BIGS_UNUSED = re.compile(r"embeddings\.(position_ids|token_type_ids)|pooler\..*|cls\.predictions\.decoder\.bias|"
+                         r"(classifier|qa_outputs)\..*")
 BIGS_PREFIX = re.compile(r"^((module|_orig_mod|bigs)\.)+")  # of wrappers, and of the encoder in a larger model
 OF_VOCABULARY = ("encoder.embedding.weight", "bias")
 
 
-class InitialWeights:
-    """The weights of a codessm checkpoint or of a BiGS PyTorch state dict, to start another model from.
+class InitialWeights(NamedTuple):
+    """Weights to start another model from, by our names; `unused` are the names of those that ours has not."""
+    path: str
+    weights: dict[str, torch.Tensor]
+    unused: list[str]
+    config: dict | None = None  # None, of BiGS
+    tokenizer: Tokenizer | None = None
+    labels: list[str] | None = None
 
-    The dict may lie under "state_dict" or "model". Raises `data.Problem` where the file is neither, or holds a tensor
-    of another name, or a decoder that is not the embedding.
-    """
-    token_type: torch.Tensor | int = 0  # (1, d), of BiGS, added to the positions or else to the embedding
+    @staticmethod
+    def read(path: str) -> "InitialWeights":
+        """Those of a codessm checkpoint, or of a BiGS state dict, which may lie under "state_dict" or "model".
 
-    def __init__(self, path: str):
+        Raises `data.Problem` where the file is neither.
+        """
         if os.path.exists(path) and not os.path.isfile(path):
             raise Problem(f"--init {path} is no file: write what it is to hold to one")
         content = unpickle(path)
-        self.path, self.tokenizer, self.labels, self.config, self.others = path, None, None, None, []
-        self.tensors: dict[str, list[tuple[str, torch.Tensor]]] = {}  # ours -> theirs, which are put together
-        is_checkpoint = isinstance(content, dict) and content.get("format") == FORMAT
-        for key in ("weights",) if is_checkpoint else ("state_dict", "model"):
-            if isinstance(content, dict) and isinstance(content.get(key), dict):
-                whole, content = content, content[key]
         try:
-            if not is_checkpoint and not any(".fs4." in name for name in content):
-                raise ValueError
-            tensors = {name: tensor for name, tensor in content.items()
-                       if isinstance(name, str) and isinstance(tensor, torch.Tensor)}
-            check_tensors({name: tensor for name, tensor in tensors.items()
-                           if tensor.is_floating_point() and ".decoder." not in name})  # which shares its memory
-            if is_checkpoint:
-                self.config, self.labels = dict(whole["config"]), whole.get("labels")
-                self.tokenizer = Tokenizer(whole["tokenizer"], path)
-                self.tensors = {name: [(name, tensor)] for name, tensor in tensors.items()}
-                return
+            if content.get("format") == FORMAT:
+                check_tensors(content["weights"])
+                return InitialWeights(path, content["weights"], [], dict(content["config"]),
+                                      Tokenizer(content["tokenizer"], path), content.get("labels"))
+            content = next((content[key] for key in ("state_dict", "model") if isinstance(content.get(key), dict)),
+                           content)
+            # the decoder shares the embedding's memory
+            check_tensors({name: tensor for name, tensor in content.items() if isinstance(tensor, torch.Tensor)
+                           and tensor.is_floating_point() and ".decoder." not in name})
+            if any(".fs4." in name for name in map(str, content)):
+                return InitialWeights(path, *from_bigs(path, content))
         except (TypeError, ValueError, KeyError, AttributeError, RuntimeError):
-            raise Problem(f"--init {path} is neither a codessm checkpoint nor a BiGS state dict, or not a whole one"
-                          ) from None
-        unknown = [str(name) for name in content if name not in tensors]
-        names = {BIGS_PREFIX.sub("", name): name for name in tensors}
-        for plain, name in names.items():
-            found = re.fullmatch(r"encoder\.layer\.(\d+)\.(.+)", plain)
-            layer, rest = (f"encoder.layers.{found[1]}.", found[2]) if found else ("", plain)
-            fused = re.fullmatch(r"du_(?:forward|backward)\.(weight|bias)", rest) if found else None
-            if fused:  # Wf before Wb
-                parts = self.tensors.setdefault(f"{layer}fb.{fused[1]}", [])
-                parts.insert(len(parts) if "backward" in rest else 0, (name, tensors[name]))
-            elif rest in (BIGS_LAYER if found else BIGS_REST):
-                self.tensors[layer + (BIGS_LAYER if found else BIGS_REST)[rest]] = [(name, tensors[name])]
-            else:
-                (self.others if BIGS_OTHER.fullmatch(plain) else unknown).append(name)
-        if unknown:
-            raise Problem(f"--init {path} has tensors that BiGS has not: {data.listed(unknown, 8)}")
-        embedding, decoder, types = (tensors.get(names.get(name)) for name in (
-            "embeddings.word_embeddings.weight", "cls.predictions.decoder.weight",
-            "embeddings.token_type_embeddings.weight"))
-        if decoder is not None and (embedding is None or not torch.equal(decoder, embedding)):
-            raise Problem(f"--init {path} has a decoder of its own, where ours is the embedding")
-        self.token_type = 0 if types is None else types[:1]
+            pass
+        raise Problem(f"--init {path} is neither a codessm checkpoint nor a BiGS state dict, or not a whole one")
 
     def copy_to(self, objective: Objective) -> str:
         """Copies what fits into an objective; what was taken and what stayed random, for people. Raises `Problem`.
@@ -912,40 +893,59 @@ class InitialWeights:
         if not objective.encoder.same_layers(theirs["model"]):
             raise Problem(f"--init {self.path} is a {theirs['model'] if self.config else 'BiGS'}, whose layers are not "
                           f"those of {config['model']}")
-        taken, misfits, foreign, few = [], [], False, ""
-        for name in self.tensors.keys() & ours.keys():
-            names, tensors = zip(*self.tensors[name])
-            target = ours[name]  # the objective's own memory
+        taken, misfits, notes = [], [], {"positions": "", "vocabulary": ""}
+        for name in sorted(self.weights.keys() & ours.keys()):
+            weight, target = self.weights[name], ours[name]  # the objective's own memory
             if name in OF_VOCABULARY and (self.tokenizer.text != objective.tokenizer.text if self.tokenizer
-                                          else tensors[0].shape[:1] != target.shape[:1]):
-                foreign = True
+                                          else weight.shape[:1] != target.shape[:1]):
+                notes["vocabulary"] = " (another vocabulary)"
                 continue
             if name.startswith("head.") and self.labels != objective.labels:
                 continue
-            try:
-                tensor = torch.cat(tensors)
-                if name == ("encoder.positions.weight" if "encoder.positions.weight" in ours else OF_VOCABULARY[0]):
-                    tensor = tensor + self.token_type
-                if name == "encoder.positions.weight":
-                    few = f" (of positions the first {len(tensor)})" if len(tensor) < len(target) else ""
-                    tensor, target = tensor[:len(target)], target[:len(tensor)]
-                if target.shape not in (tensor.shape, (target.shape[0], *tensor.shape) if "_ssm." in name else None):
-                    raise ValueError
-                target.copy_(tensor)
-                taken.append(name)
-            except (ValueError, RuntimeError):
-                misfits += [f"{name} {tuple(tensor.shape)}" for name, tensor in zip(names, tensors)]
+            if name == "encoder.positions.weight":
+                notes["positions"] = f" (of positions the first {len(weight)})" * (len(weight) < len(target))
+                weight, target = weight[:len(target)], target[:len(weight)]
+            if target.shape not in (weight.shape, (target.shape[0], *weight.shape) if "_ssm." in name else None):
+                misfits.append(f"{name} {tuple(weight.shape)}")
+                continue
+            target.copy_(weight)
+            taken.append(name)
         origin = "{model}, {layers} x {d}".format(**theirs) if self.config else "BiGS"
         if misfits and self.config and theirs["kernels"] != config["kernels"]:
             raise Problem(f"--init {self.path} has {theirs['kernels']} kernels a direction, not {config['kernels']}: "
                           f"give --kernels {theirs['kernels']}")
         if misfits:
             raise Problem(f"--init {self.path} ({origin}) does not fit {config['model']}, {config['layers']} x "
-                          f"{config['d']}: {data.listed(sorted(misfits), 4)}")
-        left = [name for ours, parts in self.tensors.items() if ours not in taken for name, _ in parts] + self.others
-        return (f"{self.path} ({origin}): taken {summary(taken)}{few}; "
-                f"random {summary(ours.keys() - set(taken))}{' (another vocabulary)' * foreign}; "
-                f"not taken {summary(left)}")
+                          f"{config['d']}: {data.listed(misfits, 4)}")
+        return (f"{self.path} ({origin}): taken {summary(taken)}{notes['positions']}; "
+                f"random {summary(ours.keys() - set(taken))}{notes['vocabulary']}; "
+                f"not taken {summary([*(self.weights.keys() - set(taken)), *self.unused])}")
+
+
+def from_bigs(path: str, tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """(weights by our names, names of tensors that ours has not) of a BiGS state dict; raises `Problem`.
+
+    Every token being of type 0, that type's embedding is added to the token's.
+    """
+    weights, unused, unknown = {}, [], []
+    for name, tensor in tensors.items():
+        plain = BIGS_PREFIX.sub("", str(name))
+        found = re.fullmatch(r"encoder\.layer\.(\d+)\.(.+)", plain)
+        ours = BIGS_LAYER.get(found[2]) if found else BIGS_REST.get(plain)
+        if ours and isinstance(tensor, torch.Tensor):
+            weights[f"encoder.layers.{found[1]}.{ours}" if found else ours] = tensor
+        else:
+            (unused if BIGS_UNUSED.fullmatch(plain) else unknown).append(str(name))
+    if unknown:
+        raise Problem(f"--init {path} has tensors that BiGS has not: {data.listed(unknown, 8)}")
+    embedding, decoder = weights.get("encoder.embedding.weight"), weights.pop("decoder", None)
+    if decoder is not None and (embedding is None or not torch.equal(decoder, embedding)):
+        raise Problem(f"--init {path} has a decoder of its own, where ours is the embedding")
+    weights["encoder.embedding.weight"] = embedding + weights.pop("types", torch.zeros(1))[:1]
+    for name in [name for name in weights if re.search(r"\.f\.(weight|bias)$", name)]:
+        forward, kind = name.rsplit(".", 1)
+        weights[f"{forward}b.{kind}"] = torch.cat([weights.pop(name), weights.pop(f"{forward[:-1]}b.{kind}")])
+    return weights, unused
 
 
 def summary(names: Iterable[str]) -> str:
@@ -1005,7 +1005,7 @@ class Settings:
 
 
 class Output:
-    """The files of one run: the checkpoint `path`, while it trains `path`.state and `path`.tokens, its log `path`.jsonl.
+    """The files of one run: the checkpoint `path`, its log `path`.jsonl, while it trains `path`.state, `path`.tokens.
 
     A context: inside it, the run holds a lock on the log, which the kernel releases if the process dies. Nothing that
     was there is touched before `begin`. Raises `Problem` where the run could not write, another run is writing, or a
@@ -1015,7 +1015,8 @@ class Output:
 
     def __init__(self, path: str, restart: bool = False):
         self.path = os.path.realpath(path) if os.path.islink(path) else path
-        self.state_path, self.log_path, self.tokens_path = (f"{self.path}.{end}" for end in ("state", "jsonl", "tokens"))
+        self.state_path, self.log_path = f"{self.path}.state", f"{self.path}.jsonl"
+        self.tokens_path = f"{self.path}.tokens"
         self.restart, self.log, self.can_go_on = restart, None, True
         if rank() == 0:
             self.claim()
@@ -1143,7 +1144,7 @@ class Loss(nn.Module):
 
 
 class Stepper:
-    """Optimizer steps: `Stepper(...)(batch)` takes one and returns the detached loss sums over its pieces and all ranks.
+    """Optimizer steps: `Stepper(...)(batch)` takes one and returns the detached loss sums over pieces and ranks.
 
     A step whose loss or gradient is not finite changes nothing, and its summed loss is returned as NaN.
 
@@ -1246,8 +1247,8 @@ class Trainer:
         """Train to the end and write the checkpoint; the best evaluation's metrics, the objective having its weights.
 
         Raises `Problem` once the state is saved: with exit code 129, 130 or 143 for a signal; with 1 where a file
-        cannot be written, where the loss is no longer finite (in an evaluation, or in `FAILING` steps in a row, of which
-        none changes the weights), and where anything else goes wrong.
+        cannot be written, where the loss is not finite in an evaluation or in `FAILING` steps in a row, of which none
+        changes the weights, and where anything else goes wrong.
         """
         self.saved, self.saving = time.monotonic(), 0.0  # when the state was last saved, and seconds that it took
         with Signals() as signals, progress(total=self.steps, initial=self.step, desc="training", unit="step",
@@ -1314,8 +1315,8 @@ class Trainer:
             info(f"up to step {self.step:,}, {skipped:,} steps were skipped: their loss was no number")
         if max(runs) >= FAILING:
             self.failing = 0  # the same command tries again
-            raise Problem(f"the loss was no number in {max(runs)} steps in a row, up to step {self.step:,}: try a lower "
-                          "--lr. The weights are those from before", 1)
+            raise Problem(f"the loss was no number in {max(runs)} steps in a row, up to step {self.step:,}: try a "
+                          "lower --lr. The weights are those from before", 1)
 
     def show(self, bar) -> None:
         """Move the progress bar; once a second with the loss of the last step, for which a GPU is waited for."""
@@ -1404,8 +1405,8 @@ class Trainer:
         parameters = list(itertools.chain(*(group["params"] for group in self.optimizer.param_groups)))
         if self.step and rank() > 0:
             for parameter in parameters:
-                self.optimizer.state[parameter] = {"step": torch.zeros((), device=self.device), "exp_avg":
-                                                   torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+                self.optimizer.state[parameter] = {"step": torch.zeros((), device=self.device)} | {
+                    moment: torch.zeros_like(parameter) for moment in ("exp_avg", "exp_avg_sq")}
         for parameter in parameters:
             self.broadcast(self.optimizer.state[parameter].values() if self.step else ())
 
