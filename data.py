@@ -1031,8 +1031,8 @@ def shuffled(n: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def static_lengths(ctx: int) -> np.ndarray:
-    """The lengths to which batches are padded: four in each octave from ctx down to about 40, multiples of 8."""
-    octaves = 2.0 ** -np.arange(max(1, math.ceil(math.log2(ctx / 40))))
+    """The lengths to which batches are padded: four in each octave from ctx down to about 20, multiples of 8."""
+    octaves = 2.0 ** -np.arange(max(1, math.ceil(math.log2(ctx / 20))))
     steps = np.outer(octaves, [1, 7 / 8, 6 / 8, 5 / 8]) * ctx
     return np.unique(np.ceil(steps / 8).astype(int) * 8).clip(max=ctx)
 

@@ -876,7 +876,7 @@ class InitialWeights(NamedTuple):
                            content)
             # the decoder shares the embedding's memory
             check_tensors({name: tensor for name, tensor in content.items() if isinstance(tensor, torch.Tensor)
-                           and tensor.is_floating_point() and ".decoder." not in name})
+                           and tensor.is_floating_point() and ".decoder." not in str(name)})
             if any(".fs4." in name for name in map(str, content)):
                 return InitialWeights(path, *from_bigs(path, content))
         except (TypeError, ValueError, KeyError, AttributeError, RuntimeError):
