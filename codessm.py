@@ -6,13 +6,15 @@
 The encoder is BiGS (Wang et al. 2023, arXiv 2212.10544) over S4D kernels (Gu et al. 2022, arXiv 2206.11893), as in
 CodeSSM (Verma et al. 2025, arXiv 2505.01475). Shapes and symbols:
 
-    B  batch      L  length in tokens      d  model width
-    c  tokens a chunk                      n  chunks a sequence, n c >= L
-    k  S4D kernels a direction             m  chunks whose states are one product
-    N  complex modes of an S4D kernel: A, C, and A-bar, C-bar after discretisation with step Delta
-    T, E, O, P  the convolution as matrix products: within a chunk, into the state, out of it, across chunks
+    B  batch                     L  length in tokens            d  model width
+    c  tokens per chunk          n  chunks per sequence, n c >= L
+    k  S4D kernels per direction, each for d / k channels       N  complex modes per kernel
+    K  kernel, of the parameters A, C, D and the step Delta; A-bar and C-bar are A and C after discretisation
+    u, y  input and output of the convolution
+    S  what a chunk adds to the state          H  state before a chunk
+    T, E, O, P  the convolution as matrix products: within a chunk, into the state, out of it, across m chunks
 
-Complex numbers are parameters, states and matrices as pairs of reals; only the making of kernels reckons with them.
+Complex numbers are stored as pairs of reals; complex arithmetic is used only to make kernels.
 """
 import importlib.util
 import itertools
@@ -26,15 +28,19 @@ import zlib
 from pathlib import Path
 from typing import Callable, NamedTuple
 
-# flat modules can be shadowed by files of the same name in the user's folder
+# a file of the same name in the user's folder would shadow one of our flat modules
 for name in ("data", "tasks"):
     spec = importlib.util.find_spec(name)
     if spec and spec.origin and Path(spec.origin).resolve().parent != Path(__file__).resolve().parent:
         raise ImportError(f"{spec.origin} shadows codessm's own {name}.py in {Path(__file__).parent}: "
                           "rename it, or run from another folder")
 
-# threads that wait should sleep: spinning, two of them beside one other busy process run five times slower
+# idle threads sleep instead of spinning, which beside one other busy process makes two threads five times slower
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# in our program (not in one that imports this module) Ctrl-C during the slow imports below ends it without a traceback
+if Path(sys.argv[0]).stem == "codessm" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import click
 import torch
@@ -54,27 +60,28 @@ SIZES = {"base": dict(d=1024, layers=12), "small": dict(d=512, layers=6), "tiny"
 # ---- S4D kernel and convolution ---------------------------------------------------------------------
 
 class S4D(nn.Module):
-    """A diagonal state-space kernel (Gu et al. 2022, section 3), or k of them.
+    """A diagonal state-space kernel (Gu et al. 2022, section 3, with B = 1), or k of them.
 
-        A-bar = exp(Delta A)     C-bar = C (A-bar - 1) / A     K[l] = Re sum_n C-bar_n A-bar_n^l     y = K * u + D u
+        A = min(A_re, -1e-4) + i A_im     Delta = exp(log_step)     A-bar = exp(Delta A)     C-bar = C (A-bar - 1) / A
+        K[l] = Re sum_n C-bar_n A-bar_n^l     y = K * u + D u
 
     With k > 1 kernels every parameter gains a leading dimension k; each kernel serves d / k channels.
     """
 
     def __init__(self, N: int = 64, k: int = 1):
         super().__init__()
-        lead = (k,) if k > 1 else ()
-        self.A_re = nn.Parameter(torch.full((*lead, N), -0.5))
-        self.A_im = nn.Parameter((math.pi * torch.arange(N)).expand(*lead, N).clone())
-        self.C = nn.Parameter(torch.randn(*lead, N, 2) * math.sqrt(0.5))
-        self.D = nn.Parameter(torch.randn(*lead, 1))
-        self.log_step = nn.Parameter(torch.empty(*lead, 1).uniform_(math.log(0.01), math.log(1.0)))
+        modes, scalar = ((k, N), (k, 1)) if k > 1 else ((N,), (1,))
+        self.A_re = nn.Parameter(torch.full(modes, -0.5))
+        self.A_im = nn.Parameter((math.pi * torch.arange(N)).expand(modes).clone())
+        self.C = nn.Parameter(torch.randn(*modes, 2) * math.sqrt(0.5))
+        self.D = nn.Parameter(torch.randn(scalar))
+        self.log_step = nn.Parameter(torch.empty(scalar).uniform_(math.log(0.01), math.log(1.0)))
 
     @staticmethod
     def stack(ssms: list["S4D"]) -> "S4D":
-        """The kernels of the S4D of several layers, two a layer, as one with leading dimensions (layers, 2k)."""
-        stacked = S4D.__new__(S4D)
-        nn.Module.__init__(stacked)  # no parameters of its own: nothing is drawn at random
+        """One S4D with leading dimensions (layers, 2k) from those of several layers, forward and backward of each."""
+        stacked = S4D.__new__(S4D)  # without __init__, which would draw parameters at random
+        nn.Module.__init__(stacked)
         for name, _ in ssms[0].named_parameters():
             parameters = torch.stack([getattr(ssm, name) for ssm in ssms])
             shape = parameters.shape[-2:] if name == "C" else parameters.shape[-1:]
@@ -82,104 +89,90 @@ class S4D(nn.Module):
         return stacked
 
     def discretise(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """z = Delta A, complex128, and C-bar, complex64, both (..., N); on the CPU for MPS, which has no float64."""
+        """z = Delta A, complex128, and C-bar, complex64, both (..., N); on the CPU if on MPS, which has no float64."""
         wide = dict(dtype=torch.float64, device="cpu" if self.C.device.type == "mps" else self.C.device)
         A = torch.complex(self.A_re.to(**wide).clamp(max=-1e-4), self.A_im.to(**wide))
         z = self.log_step.to(**wide).exp() * A
         return z, (torch.view_as_complex(self.C.to(**wide)) * (torch.expm1(z) / A)).to(self.C.dtype.to_complex())
 
     def powers(self, lags: torch.Tensor) -> torch.Tensor:
-        """A-bar^l = exp(l z), complex64 (..., N, len(lags)).
+        """A-bar^l = exp(l z) for each lag l, complex64 (..., N, len(lags)).
 
-        They are made in complex128 and rounded once: at l = 2,048 a float32 phase is wrong in its second digit.
+        Computed in complex128 and rounded once: at l = 2,048 a float32 phase is wrong in its second digit.
         """
         z, C_bar = self.discretise()
         return torch.exp(z[..., None] * lags.to(z.device)).to(C_bar.dtype)
 
     def kernel(self, L: int) -> torch.Tensor:
-        """K, float32 (..., L), without D."""
+        """K (..., L), float32, without D."""
         return (self.discretise()[1][..., None] * self.powers(torch.arange(L))).real.sum(-2)
 
 
 class Kernels(NamedTuple):
-    """A layer's convolutions as matrices, k of each direction: those of the forward one first.
-
-    Where a sequence is a single chunk there is only T, without O.
-    """
-    TO: torch.Tensor  # (2k, c, c + 2N): T within a chunk, O out of the state, modes as Re, Im, Re, Im ...
+    """A layer's convolutions as matrices: k forward ones, then k backward ones. A single chunk needs T alone."""
+    TO: torch.Tensor  # (2k, c, c + 2N): T within a chunk, O out of the state with modes as Re, Im, Re, Im ...
     E: torch.Tensor | None = None  # (2k, 2N, c): into the state
-    A: torch.Tensor | None = None  # (2k, N, 2), float32: A-bar^c, across one chunk
-    P: torch.Tensor | None = None  # (2k N, 2, m + 1, 2, m + 1), float32: across m chunks; A has its gradients
+    A: torch.Tensor | None = None  # (2k, N, 2), float32: A-bar^c; it takes the gradient, the values come from P
+    P: torch.Tensor | None = None  # (2k N, 2, m + 1, 2, m + 1), float32: powers of A-bar^c, across up to m chunks
 
 
 def make_kernels(ssms: list[S4D], c: int, n: int, m: int, dtype: torch.dtype, causal: bool = False) -> list[Kernels]:
-    """The `Kernels` of each pair of S4D, forward and backward, for n chunks of c tokens, of which m are one product.
+    """The `Kernels` of each layer, from the S4D of each, forward and backward, for n chunks of c tokens in groups of m.
 
         T[i, j] = K[i - j] (i >= j), D on the diagonal     E[:, j] = A-bar^(c - 1 - j)
         O[i] H = Re(C-bar A-bar^(i + 1) H)                 P[i, j] = A-bar^(c (i - j)) (i >= j)
 
-    T, E and O of the backward direction are mirrored in time, unless `causal`.
+    Unless `causal`, T, E and O of the backward direction are mirrored in time.
     """
     ssm, device = S4D.stack(ssms), ssms[0].C.device
 
-    def both(forward: torch.Tensor, *dims: int) -> torch.Tensor:
-        """The same, (layers, 2k, ...), for the backward half flipped along `dims`."""
+    def mirror(matrix: torch.Tensor, *time: int) -> torch.Tensor:
+        """Flip the backward half of a matrix (layers, 2k, ...) along its dimensions of time, unless `causal`."""
         if causal:
-            return forward
-        forward, backward = forward.chunk(2, 1)
-        return torch.cat([forward, backward.flip(dims)], 1)
+            return matrix
+        forward, backward = matrix.chunk(2, 1)
+        return torch.cat([forward, backward.flip(time)], 1)
 
-    def reals(Z: torch.Tensor) -> torch.Tensor:
-        """(..., 2N, l): Re, Im, Re, Im ... of Z (..., N, l)."""
+    def as_reals(Z: torch.Tensor) -> torch.Tensor:
+        """Z (..., N, l), complex, as Re, Im, Re, Im ... (..., 2N, l)."""
         return torch.view_as_real(Z).movedim(-1, -2).flatten(-3, -2)
 
     K = ssm.kernel(c)
-    T = both(Toeplitz.apply(K + pad(ssm.D.to(K.device), (0, c - 1))), -2, -1)
+    T = mirror(toeplitz(K + pad(ssm.D.to(K.device), (0, c - 1))), -2, -1)
     if n == 1:
-        return [Kernels(T) for T in T.to(device, dtype)]
-    powers = ssm.powers(torch.arange(c + 1))
-    E = both(reals(powers[..., :c]).flip(-1), -1)
-    O = both(reals((ssm.discretise()[1][..., None] * powers[..., 1:]).conj_physical()).mT, -2)
+        return [Kernels(layer) for layer in T.to(device, dtype)]
+    powers, C_bar = ssm.powers(torch.arange(c + 1)), ssm.discretise()[1]
+    E = mirror(as_reals(powers[..., :c]).flip(-1), -1)
+    # (the conjugate, because Re(x H) = Re(x) Re(H) - Im(x) Im(H))
+    O = mirror(as_reals((C_bar[..., None] * powers[..., 1:]).conj_physical()).mT, -2)
     with torch.no_grad():
-        P = Toeplitz.apply(ssm.powers(c * torch.arange(min(n, m) + 1)))
-        # complex numbers as real blocks: [[Re, -Im], [Im, Re]]
+        P = toeplitz(ssm.powers(c * torch.arange(min(n, m) + 1)))
+        # each complex number as a real matrix [[Re, -Im], [Im, Re]]
         P = torch.stack([torch.stack([P.real, -P.imag], -2), torch.stack([P.imag, P.real], -2)], -4).flatten(1, 2)
     matrices = (torch.cat([T, O], -1).to(device, dtype), E.to(device, dtype),
                 torch.view_as_real(powers[..., c]).to(device), P.to(device))
     return [Kernels(*layer) for layer in zip(*matrices)]
 
 
-class Toeplitz(torch.autograd.Function):
-    """The lower-triangular T (..., c, c) of k (..., c), T[i, j] = k[i - j]; dk[l] = sum_i dT[i, i - l]."""
-
-    @staticmethod
-    def forward(ctx, k: torch.Tensor) -> torch.Tensor:
-        c = k.shape[-1]
-        # row i of a (c, 2c - 1) view of a repeated period of 2c begins i places earlier in the period
-        period = torch.cat([k[..., :1], torch.zeros_like(k), k[..., 1:].flip(-1)], -1)
-        rows = period[..., None, :].expand(*k.shape, 2 * c).flatten(-2)[..., :c * (2 * c - 1)]
-        return rows.unflatten(-1, (c, 2 * c - 1))[..., :c]
-
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
-        c = grad.shape[-1]
-        # with c zeros before each row, l counts from the right in rows that begin one place later each
-        rows = pad(grad, (c, 0))
-        return rows.as_strided(grad.shape, (*rows.stride()[:-2], 2 * c + 1, 1), 1).sum(-2).flip(-1)
+def toeplitz(K: torch.Tensor) -> torch.Tensor:
+    """The lower-triangular T (..., c, c) of K (..., c): T[i, j] = K[i - j] for i >= j."""
+    c = K.shape[-1]
+    # the windows of K[c - 1], ..., K[0], 0, ..., 0 are the rows of T, the last row first
+    return pad(K.flip(-1), (0, c - 1)).unfold(-1, c, 1).flip(-2)
 
 
 class Convolution(torch.autograd.Function):
-    """y = K * u + D u, both (2k, c, n, B, d / k), forwards for u[:k] and backwards (unless `causal`) for u[k:].
+    """y = K * u + D u, u and y (2k, c, n, B, d / k): forwards for u[:k], backwards (unless `causal`) for u[k:].
 
-    Of one chunk y = T u; of several it goes through the states H before each chunk:
+    A single chunk is y = T u. Several are convolved by way of H, the state before each of them:
 
         S = E u     H_(j + 1) = A-bar^c H_j + S_j  (`carry`)     y = [T O] [u, H]
 
-    The gradients are the same products, and those of the states the recurrence run the other way:
+    The gradients are the same products transposed, with the recurrence of the states running the other way:
 
         [T^T dy, dH] = [T O]^T dy     dS_j = conj(A-bar^c) dS_(j + 1) + dH_(j + 1)     du = T^T dy + E^T dS
 
-    That of A-bar^c is sum_j dS_j conj(H_j), and P needs none. They cannot be differentiated again.
+    The gradient of A-bar^c is sum_j dS_j conj(H_j); P has none. There are no second derivatives.
     """
 
     @staticmethod
@@ -188,7 +181,7 @@ class Convolution(torch.autograd.Function):
         shape, (c, n) = u.shape, u.shape[1:3]
         u = u.reshape(*u.shape[:2], -1)
         if E is not None:
-            # H is read with u and kept with it (compiled, a write to a slice would copy the whole)
+            # u and H share one buffer, because they are read together (compiled, writing to a slice would copy it all)
             uH = u.new_empty(len(u), c + E.shape[1], u.shape[-1])
             uH.as_strided(u.shape, uH.stride()).copy_(u)
             S = torch.bmm(E, uH[:, :c])
@@ -207,7 +200,7 @@ class Convolution(torch.autograd.Function):
         du, dTO = torch.bmm(TO.mT, dy), torch.bmm(dy, u.mT)
         if E is None:
             return du.view(shape), dTO, None, None, None, None
-        # (the blocks of P transposed are those of the conjugate)
+        # (transposing the real matrix of a complex number conjugates the number)
         dS = carry(du[:, c:], P.transpose(1, 3), n, (True, ctx.causal))
         wide = torch.promote_types(u.dtype, torch.float32)
         (S_re, S_im), (H_re, H_im) = (states.unflatten(1, (-1, 2)).to(wide).unbind(2) for states in (dS, u[:, c:]))
@@ -216,66 +209,71 @@ class Convolution(torch.autograd.Function):
 
 
 def carry(S: torch.Tensor, P: torch.Tensor, n: int, backwards: tuple[bool, bool]) -> torch.Tensor:
-    """The states before each of n chunks from each chunk's own contributions S, both (2k, 2N, n q), in S's dtype.
+    """H, the state before each of n chunks, from what each chunk adds to it, S; both (2k, 2N, n q), in S's dtype.
 
-    H_i = sum_(j < i) A-bar^(c (i - 1 - j)) S_j, or (j > i) of j - 1 - i in the halves of the kernels that run
-    `backwards`. Up to m chunks are one product, in which each power of A-bar^c is rounded once and nothing adds up from
-    chunk to chunk; more go m at a time, with the state before them in float32. The cost is linear in n.
+        H_i = sum_(j < i) A-bar^(c (i - 1 - j)) S_j     or, where a half of the kernels runs `backwards`,
+        H_i = sum_(j > i) A-bar^(c (j - 1 - i)) S_j
+
+    Up to m chunks are one product, which rounds each power of A-bar^c once, so that no error grows from chunk to chunk.
+    More chunks go m at a time, with the state between the groups in float32. The cost is linear in n.
     """
-    def product(block: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        block = block.flip(2, 4) if back else block
-        return torch.bmm(block.flatten(3).flatten(1, 2), rows.flatten(1, 2)).unflatten(1, (2, -1))
+    def product(powers: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """powers (k N, 2, i, 2, j) times rows (k N, 2, j, q); powers are mirrored in a half that runs backwards."""
+        powers = powers.flip(2, 4) if back else powers
+        return torch.bmm(powers.flatten(3).flatten(1, 2), rows.flatten(1, 2)).unflatten(1, (2, -1))
 
     halves = []
     with torch.autocast(S.device.type, enabled=False):
-        for half, powers, back in zip(S.reshape(len(P), 2, n, -1).chunk(2), P.chunk(2), backwards):
+        for half, P_half, back in zip(S.reshape(len(P), 2, n, -1).chunk(2), P.chunk(2), backwards):
             groups, H, states = half.split(P.shape[-1] - 1, 2), None, []
             for number, rows in enumerate(groups[::-1] if back else groups, 1):
                 r = rows.shape[2]
-                block = powers[..., (H is None):r + 1]
-                rows = rows if H is None else torch.cat([rows, H] if back else [H, rows], 2)
-                states.append(product(block[:, :, :r].to(S.dtype), rows.to(S.dtype)))
+                if H is None:  # nothing comes in: column 0, which is H's, is left out
+                    powers = P_half[..., 1:r + 1]
+                else:
+                    powers, rows = P_half[..., :r + 1], torch.cat([rows, H] if back else [H, rows], 2)
+                states.append(product(powers[:, :, :r].to(S.dtype), rows.to(S.dtype)))
                 if number < len(groups):
-                    H = product(block[:, :, r:r + 1], rows.to(P.dtype))
+                    H = product(powers[:, :, r:r + 1], rows.to(P.dtype))
             halves.append(states[0] if len(states) == 1 else torch.cat(states[::-1] if back else states, 2))
     return torch.cat(halves).view(S.shape)
 
 
 def gelu(x: torch.Tensor) -> torch.Tensor:
-    """x Phi(x), the exact one; of bfloat16 compiled for a GPU by `Gelu`."""
+    """x Phi(x), exact; bfloat16 compiled for a GPU takes `Gelu`, whose error is below that of rounding."""
     fast = x.is_cuda and x.dtype == torch.bfloat16 and torch.compiler.is_compiling()
     return Gelu.apply(x) if fast else nn.functional.gelu(x)
 
 
 class Gelu(torch.autograd.Function):
-    """x Phi(x) and its derivative by one exponential, where erf would take longer than memory does.
+    """x Phi(x) and its derivative with one exponential; erf would take longer than reading and writing the memory.
 
-    Phi(x) = sigmoid(z), z = log(Phi(x) / Phi(-x)) = x q(x^2), q of degree 2 fitted to |x| < 4.5 and constant beyond.
-    The errors are below 4e-5 and 2e-4; rounding to bfloat16 errs by up to 4e-3 of a value.
+    Phi(x) = sigmoid(z), z = log(Phi(x) / Phi(-x)) = x q(x^2); q is a fit of degree 2 for |x| < 4.5, constant beyond.
+    The errors are below 4e-5, and 2e-4 in the derivative; rounding to bfloat16 has a relative error of up to 4e-3.
     """
     @staticmethod
     def forward(ctx, x: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(x)
         wide = x.float()
-        # a copy, as dynamo of torch 2.11 gets the gradients wrong where a cast does nothing
-        return (wide * sigmoid(wide)[1]).to(x.dtype, copy=True)
+        # a copy, because dynamo of torch 2.11 gets gradients wrong where a cast does nothing
+        return (wide * normal_cdf(wide)[1]).to(x.dtype, copy=True)
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
         x = ctx.saved_tensors[0].float()
-        t, s = sigmoid(x)
-        dz = Q0 + t * (3 * Q1 + t * (5 * Q2))
-        return (grad.float() * (s + x * dz * (s - s * s))).to(grad.dtype)
+        t, Phi = normal_cdf(x)
+        dz = Q0 + t * (3 * Q1 + t * (5 * Q2))  # dz/dx = q + 2 x^2 q'
+        return (grad.float() * (Phi + x * dz * (Phi - Phi * Phi))).to(grad.dtype)
 
 
 Q0, Q1, Q2 = 1.5948888, 0.074158467, -0.00073317494  # q(t) = Q0 + Q1 t + Q2 t^2
 
 
-def sigmoid(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """t = min(x^2, 4.5^2) and 1 / (1 + e^-z) of z = x q(t), of float32 x; where e^-z is beyond float32, 0."""
+def normal_cdf(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """t = min(x^2, 4.5^2) and Phi(x) = 1 / (1 + e^-z), z = x q(t), of float32 x; 0 where e^-z overflows."""
     t = (x * x).clamp(max=4.5 ** 2)
     e = torch.exp2(-math.log2(math.e) * x * (Q0 + t * (Q1 + t * Q2)))
-    return t, torch.rsqrt(1 + e).square()  # on a GPU one instruction, a quotient takes several
+    return t, torch.rsqrt(1 + e).square()  # rsqrt is one instruction on a GPU, a quotient several
 
 
 # ---- BiGS layer and variants ------------------------------------------------------------------------
@@ -289,14 +287,14 @@ class BiGSLayer(nn.Module):
         U  = gelu(Wu (U1 * U2))  (3d)
         Xo = Xi + Wo (U * V)
 
-    No flip is carried out: a linear map commutes with it, so the backward path is the same map followed
-    by an anti-causal SSM. The variants of the papers:
+    No flip is materialised: a linear map commutes with it, so the backward path is the same map followed by an
+    anti-causal SSM. The papers' variants:
 
-        k         so many S4D kernels a direction, each for d / k neighbouring channels
+        k         S4D kernels per direction, each for d / k neighbouring channels
         causal    both SSMs run forwards
-        fourier   `fourier` in place of the SSMs
-        local     beside each SSM a convolution of so many tokens, added to it; 0 at the start
-        dropout   the share that is dropped of U1 * U2 and of U * V
+        fourier   the function `fourier` replaces the SSMs
+        local     tokens of a short convolution that is added to each SSM and starts at zero; 0 for none
+        dropout   the dropped share of U1 * U2 and of U * V
     """
 
     def __init__(self, d: int, N: int = 64, k: int = 1, causal: bool = False, fourier: bool = False,
@@ -317,11 +315,11 @@ class BiGSLayer(nn.Module):
 
     def forward(self, X: torch.Tensor, R: torch.Tensor, kernels: Kernels | None,
                 mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Xi = X + R and Xo - Xi, all (c, n, B, d), floating; `mask` (c, n, B, 1), bool, is False at padding.
+        """Return Xi = X + R and the next R = Xo - Xi, all (c, n, B, d); mask (c, n, B, 1), bool, is False at padding.
 
-        The mask keeps padding out of the SSMs, the one place where positions meet. Tokens stand as (c, n, B), the order
-        in which one matrix product convolves all chunks. What a layer adds to X is added by the next, whose norm reads
-        X anyway; without gradients Xi takes X's memory. V comes last: it need not wait in memory.
+        The mask keeps padding out of the SSMs, the only place where positions mix. In the order (c, n, B) one matrix
+        product convolves all chunks. R is added by the next layer, whose norm reads X anyway; without gradients Xi
+        overwrites X. V is computed last, so that it does not wait in memory.
         """
         c, n, B, d = X.shape
         X = X + R if torch.is_grad_enabled() else X.add_(R)
@@ -342,7 +340,7 @@ class BiGSLayer(nn.Module):
 
 
 class Gate(torch.autograd.Function):
-    """U1 * U2 (m, d) of y (2, m, d), U_i = W_i y_i + b_i; W (2, d, d) in y's dtype, b (2, d), float32."""
+    """U1 * U2 (tokens, d), U_i = W_i y_i + b_i, of y (2, tokens, d) and W (2, d, d) in one dtype, b (2, d) float32."""
 
     @staticmethod
     def forward(ctx, y: torch.Tensor, W: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -353,20 +351,20 @@ class Gate(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         y, W, b, U = ctx.saved_tensors
-        dU = (grad * (U + b[:, None])).flip(0)  # (a flip of U alone the compiled forward would make, and keep)
+        dU = (grad * (U + b[:, None])).flip(0)  # (the compiler would move a flip of U alone to the forward pass)
         db, dU = dU.sum(1), dU.to(y.dtype)
         return torch.bmm(dU, W), torch.bmm(dU.mT, y), db
 
 
 def in_chunks(X: torch.Tensor, chunks: tuple[int, int]) -> torch.Tensor:
-    """(c, n, B, d) of X (B, L, d), filled up with zeros where L < n c, chunks being (n, c)."""
+    """X (B, L, d) as (c, n, B, d), padded with zeros to n c tokens; `chunks` is (n, c)."""
     return pad(X, (0, 0, 0, math.prod(chunks) - X.shape[1])).unflatten(1, chunks).permute(2, 1, 0, 3).contiguous()
 
 
 def fourier(u: torch.Tensor) -> torch.Tensor:
-    """Re(FFT(u)) / sqrt(L) along the sequence, for u[1] with a flip before and after; both (2, L, 1, B, d).
+    """Re(FFT(u)) / sqrt(L) along the sequence, (2, L, 1, B, d) like u; u[1] is flipped before and after.
 
-    It spans padding too, so the result does depend on how far a batch is padded.
+    The transform spans padding, so its result depends on how far a batch is padded.
     """
     with torch.autocast(u.device.type, enabled=False):
         wide = u.to(torch.promote_types(u.dtype, torch.float32))
@@ -376,7 +374,7 @@ def fourier(u: torch.Tensor) -> torch.Tensor:
 
 
 class ShortConvolution(nn.Module):
-    """A depthwise convolution of a few tokens: y[t] = sum_(j < width) w[j] u[t - j] + b, w (width, channels)."""
+    """A depthwise convolution over a few tokens: y[t] = sum_(j < width) w[j] u[t - j] + b, w (width, channels)."""
 
     def __init__(self, channels: int, width: int):
         super().__init__()
@@ -384,7 +382,7 @@ class ShortConvolution(nn.Module):
         nn.init.uniform_(self.weight, -1 / math.sqrt(width), 1 / math.sqrt(width))
 
     def forward(self, u: torch.Tensor, backward: bool = False) -> torch.Tensor:
-        """y (B, L, channels) of u, in its dtype; `backward`, of u[t + j]. What is beyond the ends counts as 0."""
+        """y of u, both (B, L, channels) in u's dtype; `backward`, of u[t + j] for u[t - j]. Beyond its ends u is 0."""
         L, width = u.shape[1], len(self.weight)
         u = pad(u, (0, 0, 0, width - 1) if backward else (0, 0, width - 1, 0))
         w = self.weight if backward else self.weight.flip(0)
@@ -394,14 +392,13 @@ class ShortConvolution(nn.Module):
 # ---- compared models --------------------------------------------------------------------------------
 
 class TransformerLayer(nn.Module):
-    """A layer of BERT (Devlin et al. 2019; post-norm, as in Vaswani et al. 2017), with heads of 64.
+    """A BERT layer (Devlin et al. 2019; post-norm, as in Vaswani et al. 2017) with heads of 64 and no dropout.
 
         X' = LayerNorm(Xi + Wo softmax(q k^T / 8) v)     Xo = LayerNorm(X' + W2 gelu(W1 X'))
 
-    `rotary`, it is one of RoFormer (Su et al. 2021, arXiv 2104.09864, equation 34): q and k are rotated first. There is
-    no dropout.
+    With `rotary` it is a RoFormer layer (Su et al. 2021, arXiv 2104.09864, equation 34): q and k are rotated first.
     """
-    plain = False  # attention with the (L, L) matrices in memory, as the papers' transformers have it
+    plain = False  # keep the (L, L) attention matrices in memory, as the papers' transformers do
 
     def __init__(self, d: int, _N: int = 0, rotary: bool = True):
         super().__init__()
@@ -411,7 +408,7 @@ class TransformerLayer(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(d, eps=1e-12), nn.LayerNorm(d, eps=1e-12)
 
     def forward(self, X: torch.Tensor, rotation: torch.Tensor | None, mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Xo (B, L, d) of Xi (B, L, d), floating; rotation (2, L, 32) cosines and sines; mask (B, L, 1), bool."""
+        """Xo of X = Xi, both (B, L, d); rotation (2, L, 32), cosines and sines; mask (B, L, 1), bool."""
         q, k, v = heads(self.qkv(X), rotation)
         mask = None if mask is None else mask.mT[:, None]
         if self.plain:
@@ -424,62 +421,65 @@ class TransformerLayer(nn.Module):
         return self.norm2(X + self.down(gelu(self.up(X))))
 
     @staticmethod
-    def inputs(encoder: nn.Module, X: torch.Tensor) -> list[torch.Tensor | None]:
-        """What each layer gets beside X: the rotation."""
+    def side_inputs(encoder: nn.Module, X: torch.Tensor) -> list[torch.Tensor | None]:
+        """What each layer gets beside its X: the rotation, if it is rotary."""
         return [rotation(X) if encoder.layers[0].rotary else None] * len(encoder.layers)
 
 
 def heads(qkv: torch.Tensor, rotation: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q, k and v (B, heads, L, 64) of their projections (B, L, 3 x 64 heads), q and k rotated."""
+    """q, k and v, each (B, heads, L, 64), from qkv (B, L, 3 x heads x 64); q and k are rotated, if with a rotation."""
     q, k, v = qkv.unflatten(-1, (3, -1, 64)).permute(2, 0, 3, 1, 4)
     return (q, k, v) if rotation is None else (rotate(q, rotation), rotate(k, rotation), v)
 
 
 def rotation(X: torch.Tensor) -> torch.Tensor:
-    """(2, L, 32): cosines and sines of the angles i 10000^(-e / 32) of the pairs (x_e, x_(e + 32)) at position i."""
+    """Cosines and sines (2, L, 32) of the angles i 10000^(-e / 32), by which the pair (x_e, x_(e + 32)) turns at i.
+
+    RoFormer pairs neighbours, (x_2e, x_(2e + 1)): the same model with its channels in another order.
+    """
     wide = dict(dtype=torch.float64, device="cpu" if X.device.type == "mps" else X.device)
-    # a float32 angle errs by 1e-3 at position 32,768
+    # a float32 angle has an error of 1e-3 at position 32,768
     angle = torch.arange(X.shape[1], **wide)[:, None] * 10_000 ** (-torch.arange(32, **wide) / 32)
     return torch.stack([angle.cos(), angle.sin()]).to(X.device, X.dtype)
 
 
 def rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
-    """x (B, heads, L, 64), each pair turned by its angle; rotation (2, L, 32) in cosines and sines."""
+    """x (B, heads, L, 64) with each pair turned by its angle; rotation (2, L, 32), cosines and sines."""
     cos, sin = rotation
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)
 
 
 class ZambaLayer(nn.Module):
-    """A Mamba-2 layer (Dao and Gu 2024, arXiv 2405.21060, section 7), in Zamba2 (arXiv 2411.15242); causal.
+    """A causal Mamba-2 layer (Dao and Gu 2024, arXiv 2405.21060, section 7), as in Zamba2 (arXiv 2411.15242).
 
         X  = RMSNorm(Xi)     z, u, dt = Win X  (2d, 2d + 2N, heads)     dt = softplus(dt + bias)
-        x, B, C = silu(conv4(u))  (2d, N, N)     y = SSD(x, dt, A, B, C) + D x     A = -exp(A_log), a number a head
+        x, B, C = silu(conv4(u))  (2d, N, N)     y = SSD(x, dt, A, B, C) + D x     A = -exp(A_log), one per head
         Xo = Xi + Wout RMSNorm(y * silu(z))
 
-    A layer with an `adapter` calls one of the shared blocks first: X = RMSNorm(Xi + W block(Xi)). As padding is on
-    the right, nothing needs the mask.
+    A layer with an `adapter` calls a shared block first: X = RMSNorm(Xi + W block(Xi)). It needs no mask, because
+    padding is on the right and nothing looks ahead.
     """
     CHUNK = 64
 
     def __init__(self, d: int, N: int = 64):
         super().__init__()
         H = 2 * d // 64
-        self.widths, self.state = [2 * d, 2 * d + 2 * N, H], [2 * d, N, N]
+        self.zudt_widths, self.xBC_widths = [2 * d, 2 * d + 2 * N, H], [2 * d, N, N]
         self.norm, self.gated_norm = nn.RMSNorm(d, eps=1e-5), nn.RMSNorm(2 * d, eps=1e-5)
-        self.into, self.out = nn.Linear(d, sum(self.widths), bias=False), nn.Linear(2 * d, d, bias=False)
+        self.into, self.out = nn.Linear(d, sum(self.zudt_widths), bias=False), nn.Linear(2 * d, d, bias=False)
         self.convolution = ShortConvolution(2 * d + 2 * N, 4)
         self.A_log = nn.Parameter(torch.empty(H).uniform_(1, 16).log())
         step = torch.empty(H).uniform_(math.log(1e-3), math.log(0.1)).exp()
-        self.dt_bias = nn.Parameter(step + torch.log(-torch.expm1(-step)))  # softplus of it is the step
+        self.dt_bias = nn.Parameter(step + torch.log(-torch.expm1(-step)))  # softplus(dt_bias) = step
         self.D = nn.Parameter(torch.ones(H))
         self.adapter = self.linear = None
 
     @staticmethod
     def share(layers: nn.ModuleList, d: int) -> nn.ModuleList:
-        """Gives every third layer its own adapter, of rank d / 8, and linear map; returns the blocks they share.
+        """Give every third layer an adapter of rank d / 8 and a linear map of its own; return the blocks they share.
 
-        These are two, used alternately, or one where there are fewer than four such layers.
+        There are two blocks, called in turn, or one if fewer than four layers call it.
         """
         for layer in layers[2::3]:
             layer.adapter = nn.Sequential(nn.Linear(d, d // 8, bias=False), nn.Linear(d // 8, 8 * d, bias=False))
@@ -487,19 +487,19 @@ class ZambaLayer(nn.Module):
         return nn.ModuleList(SharedBlock(d) for _ in range(2 if len(layers) >= 12 else 1))
 
     @staticmethod
-    def inputs(encoder: nn.Module, X: torch.Tensor) -> list[tuple | None]:
-        """What each layer gets beside X: one that calls a shared block the embedding, the rotation and that block."""
+    def side_inputs(encoder: nn.Module, X: torch.Tensor) -> list[tuple | None]:
+        """What each layer gets beside its X: (embedding, rotation, block) if it calls a shared block, else None."""
         angles, blocks = rotation(X), itertools.cycle(encoder.shared)
         return [None if layer.adapter is None else (X, angles, next(blocks)) for layer in encoder.layers]
 
     def forward(self, X: torch.Tensor, call: tuple | None, _mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Xo (B, L, d) of Xi (B, L, d), floating."""
+        """Xo of X = Xi, both (B, L, d)."""
         x = X
         if call is not None:
             embedding, rotation, block = call
             x = X + self.linear(block(X, embedding, rotation, self.adapter))
-        z, u, dt = self.into(self.norm(x)).split(self.widths, -1)
-        x, B, C = nn.functional.silu(self.convolution(u)).split(self.state, -1)
+        z, u, dt = self.into(self.norm(x)).split(self.zudt_widths, -1)
+        x, B, C = nn.functional.silu(self.convolution(u)).split(self.xBC_widths, -1)
         x = x.unflatten(-1, (-1, 64))  # (B, L, heads, 64)
         dt = nn.functional.softplus(dt.to(self.dt_bias.dtype) + self.dt_bias)  # (B, L, heads), float32
         y = ssd((x * dt[..., None]).to(x.dtype), -self.A_log.exp() * dt, B, C, self.CHUNK)
@@ -508,7 +508,7 @@ class ZambaLayer(nn.Module):
 
 
 class SharedBlock(nn.Module):
-    """The attention and MLP that layers of Zamba2 share (arXiv 2411.15242, section II), on X beside the embedding.
+    """The attention and MLP that Zamba2's layers share (arXiv 2411.15242, section II); they read X and the embedding.
 
         X' = RMSNorm([X, embedding])  (2d)     Y = RMSNorm(Wo softmax(q k^T / sqrt(32)) v)  (d), rotary and causal
         g, u = Wup Y + adapter(Y)  (4d, 4d)    Wdown (gelu(g) * u)  (d)
@@ -531,22 +531,22 @@ class SharedBlock(nn.Module):
 
 
 def ssd(x: torch.Tensor, a: torch.Tensor, B: torch.Tensor, C: torch.Tensor, c: int) -> torch.Tensor:
-    """The state-space dual form (Dao and Gu 2024, section 6) of the recurrence of each head
+    """y (b, L, H, P) by state-space duality (Dao and Gu 2024, section 6), as matrix products over chunks of c tokens.
 
-        h_t = exp(a_t) h_(t - 1) + B_t x_t^T  (N, P)     y_t = h_t^T C_t
+        h_t = exp(a_t) h_(t - 1) + B_t x_t^T  (N, P)     y_t = h_t^T C_t     for each of H heads
 
-    as matrix products over chunks of c tokens. x and y (b, L, H, P), a (b, L, H) float32, B and C (b, L, N).
-    Decays and sums of states stay in a's dtype; the cost is linear in L.
+    x (b, L, H, P), a (b, L, H) float32, B and C (b, L, N). Decays and sums of states stay in a's dtype. The cost is
+    linear in L.
     """
     b, L, H, P = x.shape
     c = min(c, L)
     n = -(-L // c)
     x, a, B, C = (pad(t, (0, 0) * (t.ndim - 2) + (0, n * c - L)).unflatten(1, (n, c)) for t in (x, a, B, C))
-    total = a.cumsum(2)  # (b, n, c, H): of the logarithms of the decays since the chunk began
+    total = a.cumsum(2)  # (b, n, c, H): log decay since the start of the chunk
     within = (C @ B.mT)[:, :, None] * decays(total.movedim(-1, 2))  # (b, n, H, c, c)
     y = (within.to(x.dtype) @ x.transpose(2, 3)).transpose(2, 3)
     if n > 1:
-        last = total[:, :, -1]
+        last = total[:, :, -1]  # (b, n, H): of the whole chunk
         S = B.mT @ (x * (last[:, :, None] - total).exp()[..., None]).to(x.dtype).flatten(3)  # (b, n, N, H P)
         before = states(S.unflatten(-1, (H, P)).to(a.dtype), last)
         y = y + (C @ before.to(C.dtype).flatten(3)).unflatten(-1, (H, P)) * total.exp()[..., None]
@@ -554,36 +554,36 @@ def ssd(x: torch.Tensor, a: torch.Tensor, B: torch.Tensor, C: torch.Tensor, c: i
 
 
 def decays(total: torch.Tensor) -> torch.Tensor:
-    """exp(total_i - total_j) at row i and column j <= i, 0 above: (..., c, c) of (..., c)."""
+    """exp(total_i - total_j) at row i and column j <= i, and 0 above the diagonal: (..., c, c) of total (..., c)."""
     c = total.shape[-1]
     above = torch.ones(c, c, dtype=torch.bool, device=total.device).triu(1)
     return (total[..., :, None] - total[..., None, :]).masked_fill(above, -math.inf).exp()
 
 
 def states(S: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-    """The states before each chunk of their own contributions S, both (b, n, N, H, P); a (b, n, H), log decays.
+    """H, the state before each chunk, from what each adds to it, S; both (b, n, N, H, P). a (b, n, H), log decays.
 
-    H_(k + 1) = exp(a_k) H_k + S_k, for up to `GROUP` chunks one product, so the cost is linear in n.
+    H_(j + 1) = exp(a_j) H_j + S_j; up to `GROUP` chunks are one product, so the cost is linear in n.
     """
-    H, found = torch.zeros_like(S[:, :1]), []
+    H, before = torch.zeros_like(S[:, :1]), []
     with torch.autocast(S.device.type, enabled=False):
-        for S, a in zip(S.split(GROUP, 1), a.split(GROUP, 1)):
-            D = decays(pad(a, (0, 0, 1, 0)).cumsum(1).mT)  # (b, H, m + 1, m + 1)
-            H = torch.einsum("bhij,bjnhp->binhp", D, torch.cat([H, S], 1))
-            found.append(H[:, :-1])
+        for S_group, a_group in zip(S.split(GROUP, 1), a.split(GROUP, 1)):
+            D = decays(pad(a_group, (0, 0, 1, 0)).cumsum(1).mT)  # (b, H, m + 1, m + 1)
+            H = torch.einsum("bhij,bjnhp->binhp", D, torch.cat([H, S_group], 1))
+            before.append(H[:, :-1])
             H = H[:, -1:]
-    return torch.cat(found, 1)
+    return torch.cat(before, 1)
 
 
 # ---- the encoder ------------------------------------------------------------------------------------
 
 class Model(NamedTuple):
-    """A model that `--model` names."""
+    """What a name of `--model` stands for."""
     layer: type
-    k: int = 0  # S4D kernels a direction, unless others are asked for; 0, it has none
+    k: int = 0  # S4D kernels per direction without --kernels; 0 for a model that has none
     options: dict = {}  # of the layer
-    positions: bool = False  # learned, absolute
-    more: int = 0  # layers than the size has
+    positions: bool = False  # learned absolute positions
+    extra_layers: int = 0  # beyond those of the size
 
 
 MODELS = {
@@ -596,48 +596,49 @@ MODELS = {
     "codessm-hf": Model(BiGSLayer, 1, dict(local=3)),
     "bertcoder": Model(TransformerLayer, options=dict(rotary=False), positions=True),
     "rocoder": Model(TransformerLayer),
-    "zamba": Model(ZambaLayer, more=2),
+    "zamba": Model(ZambaLayer, extra_layers=2),
 }
-CHUNK = {"cuda": 512}  # the longest c there, of up to 8 kernels; elsewhere 256
-GROUP = 64  # m, of up to 8 kernels
+CHUNK = {"cuda": 512}  # the longest c, with up to 8 kernels; 256 on other devices
+GROUP = 64  # m, with up to 8 kernels
 
 
 def compute_dtype(X: torch.Tensor) -> torch.dtype:
-    """Of matrix products with X: autocast's, else that of X."""
+    """The dtype of matrix products with X: autocast's where it is enabled, else that of X."""
     return torch.get_autocast_dtype(X.device.type) if torch.is_autocast_enabled(X.device.type) else X.dtype
 
 
 class Encoder(nn.Module):
-    """Token embedding (of some models with positions), LayerNorm, and the layers; nothing after the last, as in BiGS.
+    """Token embedding (plus positions in some models), LayerNorm, and the layers; as in BiGS, no norm after the last.
 
     Args:
         vocab: number of token ids.
-        d, layers, N: width, number of layers (zamba has two more), complex modes of a kernel (of zamba its state).
+        d, layers: width and number of layers; zamba has two layers more.
+        N: complex modes per S4D kernel; in zamba the size of the state.
         model: one of `MODELS`.
-        kernels: S4D kernels a direction, a divisor of d; None, as many as the model has.
-        ctx: the longest sample, of a model with learned positions; the others have no bound.
+        kernels: S4D kernels per direction, a divisor of d; None for the model's own number.
+        ctx: length of the longest sample; required by models with learned positions, ignored by others.
     Linear maps start at N(0, 0.64 / sqrt(d)) (BiGS's 0.02 at d = 1,024), embeddings at N(0, 0.02).
-    `config` holds the arguments; `Encoder(**config)` is the same shape again. Raises ValueError where they do not fit.
+    `config` holds the arguments: `Encoder(**config)` has the same shapes. Raises ValueError where they do not fit.
     """
-    chunk: int | None = None  # the longest c, if not the device's
-    kernel_cache: dict | None = None  # of an encoder whose weights stay as they are (`Objective.frozen`)
+    chunk: int | None = None  # the longest c, in place of the device's
+    kernel_cache: dict | None = None  # kernels by (n, c, dtype), while the weights do not change (`Objective.frozen`)
 
     def __init__(self, vocab: int, d: int, layers: int, N: int = 64, model: str = "codessm",
                  kernels: int | None = None, ctx: int | None = None):
         super().__init__()
         kind = MODELS[model]
         if kind.layer is not BiGSLayer and d % (32 if kind.layer is ZambaLayer else 64):
-            raise ValueError(f"{model} has heads of 64 channels, which {d} are not a multiple of")
-        self.bound = ctx if kind.positions else None
+            raise ValueError(f"{model} has heads of 64 channels, and {d} channels do not divide into them")
+        self.max_length = ctx if kind.positions else None
         k = count_kernels(model, d, kernels)
         if kind.positions and not ctx:
             raise ValueError(f"{model} has learned positions: ctx says how many")
-        self.config = dict(vocab=vocab, d=d, layers=layers, N=N, model=model, kernels=k, ctx=self.bound)
+        self.config = dict(vocab=vocab, d=d, layers=layers, N=N, model=model, kernels=k, ctx=self.max_length)
         self.embedding = nn.Embedding(vocab, d)
         self.positions = nn.Embedding(ctx, d) if kind.positions else None
         self.norm = nn.LayerNorm(d, eps=1e-12)
         options = kind.options | (dict(k=k) if k else {})
-        self.layers = nn.ModuleList(kind.layer(d, N, **options) for _ in range(layers + kind.more))
+        self.layers = nn.ModuleList(kind.layer(d, N, **options) for _ in range(layers + kind.extra_layers))
         self.shared = ZambaLayer.share(self.layers, d) if kind.layer is ZambaLayer else None
         for module in self.modules():
             if isinstance(module, nn.Embedding):
@@ -646,55 +647,56 @@ class Encoder(nn.Module):
                 tasks.initialise(module, d)
 
     def forward(self, ids: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
-        """Hidden states (B, L, d), float32, of token ids (B, L), int32 or int64, right-padded.
+        """Hidden states (B, L, d), float32, of right-padded token ids (B, L), int32 or int64.
 
-        `lengths` (B,) counts the real tokens of each row; without it every token is real. What stands
-        at padding is unspecified, and no real position depends on it (but of codef, whose DFT spans it). Raises
-        `data.Problem` where L is beyond learned positions.
+        `lengths` (B,) counts the real tokens of each row; without it every token is real. Hidden states at padding are
+        unspecified. Real positions do not depend on padding, except in codef, whose DFT spans it. Raises
+        `data.Problem` where L is beyond the learned positions.
         """
         mask, L = None, ids.shape[1]
-        if self.bound and L > self.bound:
-            raise Problem(f"{self.config['model']} has learned positions for {self.bound} tokens and cannot read {L}")
+        if self.max_length and L > self.max_length:
+            raise Problem(f"{self.config['model']} has learned positions for {self.max_length} tokens and cannot read "
+                          f"{L}")
         chunks = self.chunks(L)
         if lengths is None and chunks and math.prod(chunks) > L:
             lengths = ids.new_full(ids.shape[:1], L)
-        if lengths is not None:  # a row without any would leave attention nothing to attend to
+        if lengths is not None:  # (an empty row counts as one token, or attention would have nothing to attend to)
             mask = (torch.arange(L, device=ids.device) < lengths[:, None].clamp(min=1))[..., None]
         X = self.embed(ids, chunks)
         if not chunks:
-            for layer, own in zip(self.layers, type(self.layers[0]).inputs(self, X)):
-                X = layer(X, own, mask)
+            for layer, side_input in zip(self.layers, type(self.layers[0]).side_inputs(self, X)):
+                X = layer(X, side_input, mask)
             return X
         mask = None if mask is None else in_chunks(mask, chunks)
-        # (a layer without gradients for it would be compiled apart from the others)
+        # (R requires a gradient even here, or the first layer would be compiled apart from the others)
         R = X.new_zeros(X.shape, dtype=compute_dtype(X)).requires_grad_(X.requires_grad)
         for layer, kernels in zip(self.layers, self.kernels(L, compute_dtype(X))):
             X, R = layer(X, R, kernels, mask)
         return self.in_tokens(X, R)[:, :L]
 
     def kernels(self, L: int, dtype: torch.dtype = torch.float32) -> list[Kernels | None]:
-        """Each layer's convolutions of L tokens as matrices, made for all layers at once; None of a layer without."""
+        """The `Kernels` of each layer for L tokens, made for all layers at once; None for each layer of codef."""
         (n, c), layers = self.chunks(L), self.layers
         if layers[0].fourier:
             return [None] * len(layers)
-        made = (self.kernel_cache or {}).get((n, c, dtype))
-        if made is None:
+        kernels = (self.kernel_cache or {}).get((n, c, dtype))
+        if kernels is None:
             ssms = [ssm for layer in layers for ssm in (layer.forward_ssm, layer.backward_ssm)]
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.kernel_cache is None):
-                made = make_kernels(ssms, c, n, max(1, int(GROUP * self.shrink())), dtype, layers[0].causal)
+                kernels = make_kernels(ssms, c, n, max(1, int(GROUP * self.shrink())), dtype, layers[0].causal)
             if self.kernel_cache is not None:
-                # on a GPU recorded batches read kernels where they are: none leaves
+                # (on a GPU all stay: recorded batches read them at their addresses)
                 if self.embedding.weight.device.type != "cuda" and len(self.kernel_cache) == 4:
                     self.kernel_cache.clear()
-                self.kernel_cache[n, c, dtype] = made
-        return made
+                self.kernel_cache[n, c, dtype] = kernels
+        return kernels
 
     def shrink(self) -> float:
-        """By how much chunks are shorter of more than 8 kernels, so that T of all of them takes no more memory."""
+        """The factor on c and m with more than 8 kernels, so that the matrices of all of them take no more memory."""
         return min(1.0, math.sqrt(8 / (self.config["kernels"] or 1)))
 
     def chunks(self, L: int) -> tuple[int, int] | None:
-        """(n, c), the chunks in which L tokens are convolved; None of layers that do not convolve so."""
+        """(n, c): L tokens are convolved in n chunks of c. None if the layers are not BiGS."""
         if not isinstance(self.layers[0], BiGSLayer):
             return None
         if self.layers[0].fourier:
@@ -705,19 +707,19 @@ class Encoder(nn.Module):
         return n, -(-L // (8 * n)) * 8  # the matrix units want multiples of 8
 
     def embed(self, ids: torch.Tensor, chunks: tuple[int, int] | None = None) -> torch.Tensor:
-        """The input of the first layer, float32, of ids (B, L): (B, L, d), or in `chunks` (c, n, B, d)."""
+        """The first layer's input, float32 (B, L, d), of ids (B, L); given `chunks`, (n, c), it is (c, n, B, d)."""
         X = self.embedding(ids)
         X = self.norm(X if self.positions is None else X + self.positions.weight[:ids.shape[1]])
         return in_chunks(X, chunks) if chunks else X
 
     def in_tokens(self, X: torch.Tensor, R: torch.Tensor) -> torch.Tensor:
-        """X + R (B, n c, d), both (c, n, B, d)."""
+        """X + R as (B, n c, d), of X and R (c, n, B, d)."""
         return (X + R).permute(2, 1, 0, 3).flatten(1, 2)
 
     def compile_parts(self) -> None:
-        """Compile the layers, which share their code and so one compilation a shape, and what is before and after them.
+        """Compile the layers, which share one compilation per shape, and what comes before and after them.
 
-        Not `make_kernels`: its gradient takes longer to compile than all the rest, and little time to run as it is.
+        `make_kernels` stays eager: its gradient takes longer to compile than all the rest, and little time to run.
         """
         for layer in self.layers:
             layer.compile(dynamic=False, fullgraph=True)
@@ -725,21 +727,24 @@ class Encoder(nn.Module):
                                       for part in (Encoder.embed, Encoder.in_tokens))
 
     def same_layers(self, model: str) -> bool:
-        """Whether a model's layers are of the kind of this one's, so that weights can go over."""
+        """Whether a model has the same kind of layers, so that weights can be copied."""
         return MODELS[model].layer is MODELS[self.config["model"]].layer
 
     def linear_maps(self) -> list[nn.Linear]:
-        """Those of the layers, as often as a token passes them: a shared block's come with each call."""
+        """The linear maps of the layers, once per use by a token: those of a shared block come with each call."""
         parts = [*self.layers]
         if self.shared:
-            parts += [call[-1] for call in ZambaLayer.inputs(self, torch.empty(1, 1, 1)) if call]
+            parts += [call[-1] for call in ZambaLayer.side_inputs(self, torch.empty(1, 1, 1)) if call]
         return [module for part in parts for module in part.modules() if isinstance(module, nn.Linear)]
 
 
 def count_kernels(model: str, d: int, kernels: int | None) -> int:
-    """S4D kernels a direction of a model of width d, 0 if it has none, `kernels` being asked for; raises ValueError."""
+    """S4D kernels per direction of a model of width d: `kernels`, or without it the model's own; 0 if it has none.
+
+    Raises ValueError.
+    """
     if kernels and not MODELS[model].k:
-        raise ValueError(f"{model} has no S4D kernels, which are those of "
+        raise ValueError(f"{model} has no S4D kernels; the models that have some are "
                          f"{', '.join(name for name in MODELS if MODELS[name].k)}")
     kernels = kernels or MODELS[model].k
     if kernels and d % kernels:
@@ -748,60 +753,64 @@ def count_kernels(model: str, d: int, kernels: int | None) -> int:
 
 
 def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> Objective:
-    """The model of a checkpoint (or of the state file of an unfinished run), in evaluation mode.
+    """The model of a checkpoint, or of the state file of an unfinished run, in evaluation mode; raises `data.Problem`.
 
-    It is one of the objectives of tasks.py: `tasks.MLM` with `logits(hidden)`, or what it was fine-tuned for, with
-    `labels`. All have `encoder`, which maps ids (B, L) and lengths (B,) to hidden states (B, L, d), and
-    `tokenizer`. The file runs no code. Raises `data.Problem`.
+    It is one of the objectives of tasks.py: `tasks.MLM`, with `logits(hidden)`, or that of the task it was fine-tuned
+    for, with `labels`. Each has a `tokenizer` and an `encoder`, which maps ids (B, L) and lengths (B,) to hidden states
+    (B, L, d). Loading runs no code from the file.
     """
     return tasks.restore(tasks.read(path), path, Encoder).to(device).eval()
 
 
 # ---- options ----------------------------------------------------------------------------------------
 
+def integer(least: int = 1, most: int | None = None, **more: object) -> dict:
+    """The attributes of an option with a number."""
+    return dict(type=click.IntRange(least, most), metavar="N") | more
+
+
 OPTIONS = {
     "--ckpt": dict(metavar="FILE", required=True, help="The checkpoint."),
     "--data": dict(metavar="PATH"),
-    "--ctx": dict(type=click.IntRange(8, 2**24)),
+    "--ctx": integer(8, 2**24),
     "--size": dict(type=click.Choice(list(SIZES)),
-                   help="12 layers of width 1024, 6 of 512, 4 of 128.  [default: base]"),
-    "--model": dict(type=click.Choice(list(MODELS)), help="codessm, a variant of it, or a model that it is compared "
-                                                          "with; the README tells them.  [default: codessm]"),
-    "--kernels": dict(type=click.IntRange(1), metavar="N",
-                      help="S4D kernels a direction, each for its share of the channels.  [default: 1; codessm-8k: 8]"),
+                   help="12 layers of width 1024, 6 of 512, or 4 of 128.  [default: base]"),
+    "--model": dict(type=click.Choice(list(MODELS)),
+                    help="codessm, a variant of it, or a model to compare it with; the README describes them.  "
+                         "[default: codessm]"),
+    "--kernels": integer(help="S4D kernels per direction; each serves an equal share of the channels.  "
+                              "[default: 1; codessm-8k: 8]"),
     "--init": dict(metavar="FILE", help="Start from the weights of a codessm checkpoint (with its tokenizer, unless "
                                         "another is asked for) or of a BiGS PyTorch state dict."),
     "--tokenizer": dict(metavar="PATH", help="A Hugging Face tokenizer.json, or a folder with vocab.json and "
                                              "merges.txt.  [default: train one on the data]"),
-    "--vocab": dict(type=click.IntRange(1, 10_000_000),
-                    help="Entries of a trained tokenizer.  [default: 32100; tiny: 4096]"),
-    "--steps": dict(type=click.IntRange(1), help="Optimizer steps; or give --epochs."),
-    "--epochs": dict(type=click.IntRange(1)),
-    "--batch": dict(default=32, show_default=True, type=click.IntRange(1, 2**20), help="Samples a step."),
-    "--accumulate": dict(default=1, show_default=True, type=click.IntRange(1),
-                         help="Cut each batch into so many pieces, to save memory."),
-    "--lr": dict(type=click.FloatRange(0, min_open=True)),
-    "--eval-every": dict(type=click.IntRange(1)),
-    "--limit": dict(type=click.IntRange(1), help="Only the first so many records of each file."),
-    "--code-field": dict(metavar="NAME", help="The field that holds the code, if its name is not a known one."),
-    "--text-field": dict(metavar="NAME", help="The same for the text."),
-    "--max-line": dict(default=data.MAX_LINE // 10**6, show_default=True, type=click.IntRange(1, 10_000),
-                       metavar="MB", help="A longer line is a bad one."),
-    "--skip-bad": dict(is_flag=True, help="Count bad lines and pass over them."),
-    "--seed": dict(default=0, show_default=True, type=click.IntRange(0, 2**63 - 1),
-                   help="Of weights, order, windows and masks."),
+    "--vocab": integer(1, 10_000_000, help="Entries of the tokenizer to train.  [default: 32100; tiny: 4096]"),
+    "--steps": integer(help="Optimizer steps, in place of --epochs."),
+    "--epochs": integer(),
+    "--batch": integer(1, 2**20, default=32, show_default=True, help="Samples per step."),
+    "--accumulate": integer(default=1, show_default=True, help="Cut each batch into N pieces, to save memory."),
+    "--lr": dict(type=click.FloatRange(0, min_open=True), metavar="RATE"),
+    "--eval-every": integer(),
+    "--limit": integer(help="Read only the first N records of each file."),
+    "--code-field": dict(metavar="NAME", help="The field with the code, if its name is not one that the README lists."),
+    "--text-field": dict(metavar="NAME", help="The field with the text that describes it, likewise."),
+    "--max-line": integer(1, 10_000, metavar="MB", default=data.MAX_LINE // 10**6, show_default=True,
+                          help="A longer line is a bad line."),
+    "--skip-bad": dict(is_flag=True, help="Skip and count bad lines; without it the first one is an error."),
+    "--seed": integer(0, 2**63 - 1, default=0, show_default=True, help="Seed of weights, order, windows and masks."),
     "-o": dict(metavar="FILE"),
-    "--restart": dict(is_flag=True, help="Begin anew, whatever an earlier run left at -o."),
-    "--device": dict(default="auto", show_default=True, help="cpu, cuda, cuda:1, mps; auto is cuda, else cpu."),
-    "--compile/--no-compile": dict(default=None, help="Compile the layers, each length when it first comes.  "
-                                   f"[default: on a GPU, from {tasks.COMPILING_PAYS} batches a length]"),
+    "--restart": dict(is_flag=True, help="Start over and replace what an earlier run left at -o."),
+    "--device": dict(default="auto", show_default=True,
+                     help="cpu, cuda, cuda:1, mps, or auto: cuda if there is a GPU, else cpu."),
+    "--compile/--no-compile": dict(default=None, help="Compile the layers, anew for each padded length.  "
+                                   f"[default: on a GPU, from {tasks.COMPILING_PAYS} batches per length]"),
     "--json": dict(is_flag=True, help="Print the result as JSON."),
 }
 PARAMETERS = {"--compile/--no-compile": "compiled", "--data": "paths", "-o": "output", "--json": "as_json"}
 
 
 def options(names: str, **changes: dict | str) -> Callable:
-    """The named options, which mean the same in every command; `changes` are their attributes (or help) in this one."""
+    """Add the named options to a command; `changes` are the attributes, or just the help, that differ in this one."""
     def decorate(command: Callable) -> Callable:
         for name in reversed(names.split()):
             change = changes.get(name.split("/")[0].strip("-").replace("-", "_"), {})
@@ -812,20 +821,24 @@ def options(names: str, **changes: dict | str) -> Callable:
 
 
 class Commands(click.Group):
-    """Sees to it that every error ends in a sentence, and that standard error can end nothing."""
+    """Makes every error end in one sentence and an exit code, and lets no failing stream end a run with a traceback."""
 
     def main(self, *args, **options):
-        for number in range(3):  # a closed one would be the next file that is opened
+        for descriptor in range(3):  # the next file to be opened would take the number of a closed stream
             try:
-                os.fstat(number)
+                os.fstat(descriptor)
             except OSError:
                 os.open(os.devnull, os.O_RDWR)
+        sys.stdin, sys.stdout = sys.stdin or open(os.devnull), sys.stdout or open(os.devnull, "w")
         stderr, sys.stderr = sys.stderr, data.QuietStream(sys.stderr)
         try:
             return super().main(*args, **options)
         except SystemExit as end:
             tasks.leave_ranks(end.code or 0)
             raise
+        except OSError as error:  # of --help and --version; `invoke` explains all others
+            Problem(f"could not write the output: {error.strerror}").show()
+            sys.exit(1)
         finally:
             sys.stderr = stderr
 
@@ -833,18 +846,22 @@ class Commands(click.Group):
         def interrupt(number, _frame):
             raise tasks.Interrupt(number)
 
-        before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+        # (those that are ignored stay so: nohup ignores SIGHUP)
+        before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+                  if signal.getsignal(number) is not signal.SIG_IGN}
         try:
             result = super().invoke(ctx)
-            data.all_gather(None)  # none leaves before all have come to their end
+            data.all_gather(None)  # no rank leaves before all have finished
             return result
         except click.UsageError as error:
-            if data.rank() > 0:  # all ranks have the same
+            if data.rank() > 0:  # rank 0 shows the same error
                 error.show = lambda *_: None
             raise
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError, SystemExit):
             raise
         except BaseException as error:
+            if isinstance(error, OSError) and error.filename is None:  # of standard output, or of -o or --predictions
+                error = Problem(f"could not write the output: {error.strerror}", 1)
             problem = tasks.explain(error)
             if problem.exit_code > 128:
                 problem.message += ": nothing is lost"
@@ -854,7 +871,8 @@ class Commands(click.Group):
                 signal.signal(number, handler)
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+             epilog="Example: codessm pretrain --size tiny --steps 200 && codessm COMMAND --help")
 @click.version_option(__version__, prog_name="codessm")
 @click.pass_context
 def cli(ctx):
@@ -866,13 +884,13 @@ def cli(ctx):
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of `--device`; auto is cuda where there is one, else cpu. Of several processes each takes its own."""
+    """The device of `--device`; auto is cuda if there is a GPU, else cpu. Several processes take a GPU each."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if data.world_size() > 1:
         here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         if name not in ("cpu", "cuda"):
-            raise Problem(f"--device {name}: of several processes each has its own device: give cuda or cpu")
+            raise Problem(f"--device {name}: each of several processes takes its own device: give cuda or cpu")
         if name == "cuda" and here > torch.cuda.device_count():
             raise Problem(f"{here} processes on a host with {torch.cuda.device_count()} GPUs: start as many as there "
                           "are GPUs (--nproc-per-node), or give --device cpu")
@@ -880,7 +898,7 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.empty(1, device=torch.device(name)).device
         if device.type == "cuda":
-            torch.cuda.set_device(device)  # events and graphs are of the current one
+            torch.cuda.set_device(device)  # events and graphs belong to the current device
         if device.type in ("cpu", "cuda", "mps"):
             return device
     except (RuntimeError, AssertionError, NotImplementedError):
@@ -888,22 +906,22 @@ def choose_device(name: str) -> torch.device:
     raise Problem(f"--device {name}: there is no such device here; cpu always works")
 
 
-def bounded(ctx: int | None, default: int, encoder: nn.Module | None, path: str | None) -> int:
-    """--ctx, else the default, that the encoder's learned positions allow; raises `Problem` where it asks for more."""
-    bound = encoder.bound if encoder else None
-    if bound is None or (ctx or default) <= bound:
+def choose_ctx(ctx: int | None, default: int, encoder: nn.Module | None, path: str | None) -> int:
+    """--ctx, or the default as far as learned positions go; raises `Problem` for a --ctx that goes beyond them."""
+    most = encoder.max_length if encoder else None
+    if most is None or (ctx or default) <= most:
         return ctx or default
     model = encoder.config["model"]
     if ctx:
-        raise Problem(f"--ctx {ctx} is more than {path} can read: {model} has learned positions for {bound} tokens")
-    info(f"ctx {bound} rather than {default}: {path} is a {model}, which has learned positions for no more")
-    return bound
+        raise Problem(f"--ctx {ctx} is more than {path} can read: {model} has learned positions for {most} tokens")
+    info(f"ctx {most} rather than {default}: {path} is a {model}, which has learned positions for no more")
+    return most
 
 
 # ---- commands ---------------------------------------------------------------------------------------
 
 def check(settings: Settings) -> None:
-    """What options exclude, and paths that a run would write over; raises UsageError and `Problem`."""
+    """Raise UsageError where options exclude each other, `Problem` where a run would overwrite what it reads."""
     try:
         count_kernels(settings.model or "codessm", SIZES[settings.size or "base"]["d"], settings.kernels)
     except ValueError as error:
@@ -926,15 +944,15 @@ def check(settings: Settings) -> None:
 
 
 def prepare(settings: Settings, output: tasks.Output) -> tuple:
-    """Read what a run begins with, and complete its settings: ((data set, tokenizer), (checkpoint, --init, state)).
+    """Read what a run starts from and complete its settings, on rank 0 alone, so that only one process reports errors.
 
-    Rank 0 does it first and alone, so that one speaks of what is wrong.
+    Returns what all ranks need, (settings, dataset, tokenizer), and what rank 0 needs, (model of --ckpt, --init, state)
     """
     task = data.TASKS[settings.task]
     choose_device(settings.device)
     pretrained = load(settings.ckpt) if settings.ckpt is not None else None
     init = tasks.InitialWeights.read(settings.init) if settings.init is not None else None
-    settings.ctx = bounded(settings.ctx, task.ctx, pretrained and pretrained.encoder, settings.ckpt)
+    settings.ctx = choose_ctx(settings.ctx, task.ctx, pretrained and pretrained.encoder, settings.ckpt)
     dataset = data.read_dataset(settings.task, settings.paths, task.splits, **reading(settings))
     if settings.tokenizer is not None:
         tokenizer = data.load_tokenizer(settings.tokenizer)
@@ -961,32 +979,32 @@ def prepare(settings: Settings, output: tasks.Output) -> tuple:
 
 
 def default_learning_rate(d: int, pretrained: bool) -> float:
-    """The peak one; 5e-5 is the papers' for fine-tuning."""
+    """The peak learning rate without --lr; 5e-5 is the papers' for fine-tuning."""
     return 2e-3 if d <= SIZES["tiny"]["d"] else 5e-5 if pretrained else 3e-4
 
 
 def reading(settings: Settings) -> dict:
-    """The settings that say how files are read."""
+    """The settings that say how files are read, as `data.read_dataset` takes them."""
     return dict(limit=settings.limit, skip_bad=settings.skip_bad, longest=settings.max_line * 10**6,
                 code_field=settings.code_field, text_field=settings.text_field)
 
 
 def fit(settings: Settings) -> None:
-    """Train for a task, from the files to the printed result: what `pretrain` and `finetune` do."""
+    """Train for a task, from reading the files to printing the result: `pretrain` and `finetune`."""
     started = time.monotonic()
     check(settings)
     with tasks.Output(settings.output, settings.restart) as output:
         shared, (pretrained, init, state) = prepare(settings, output) if data.rank() == 0 else (None, (None,) * 3)
         settings, dataset, tokenizer = data.broadcast(shared)
         device, ctx, batch, seed = choose_device(settings.device), settings.ctx, settings.batch, settings.seed
-        an_epoch = -(-len(dataset.splits["train"].examples) // batch)
-        several = (settings.steps or 0) > an_epoch or (settings.epochs or 0) > 1
-        store = data.tokenise(dataset, tokenizer, ctx, dataset.items_read(settings.steps, batch, seed), several,
+        epoch_steps = -(-len(dataset.splits["train"].examples) // batch)
+        several_epochs = (settings.steps or 0) > epoch_steps or (settings.epochs or 0) > 1
+        store = data.tokenise(dataset, tokenizer, ctx, dataset.items_read(settings.steps, batch, seed), several_epochs,
                               output.tokens_path)
         splits = dataset.splits
         train = data.Batches(store, tokenizer, ctx, splits["train"].examples, batch, seed, splits["train"].labels)
-        each = {name: data.Batches(store, tokenizer, ctx, split.items()[:, None], batch)
-                for name, split in splits.items() if name != "train"}
+        held_out = {name: data.Batches(store, tokenizer, ctx, split.items()[:, None], batch)
+                    for name, split in splits.items() if name != "train"}
         settings.steps = settings.steps or settings.epochs * len(train)
         evaluations = data.TASKS[settings.task].evaluations
         settings.eval_every = settings.eval_every or (-(-settings.steps // evaluations) if evaluations else len(train))
@@ -999,34 +1017,31 @@ def fit(settings: Settings) -> None:
                               ctx=ctx)
         objective = tasks.OBJECTIVES[data.TASKS[settings.task].kind](encoder, tokenizer, settings.task, dataset.labels,
                                                                      ctx, seed)
-        taken = init.copy_to(objective) if init and not state else ""
-        del pretrained, init  # and their memory
+        copied = init.copy_to(objective) if init and not state else ""
+        del pretrained, init  # frees their memory
         objective = objective.to(device)
         compiled = tasks.compile_objective(objective, settings.compiled, tasks.compiling_pays(train, settings.steps))
-        describe(settings, dataset, objective, train, each["valid"], taken, device, compiled)
-        trainer = tasks.Trainer(objective, train, each["valid"], splits["valid"], output, settings, compiled)
+        describe(settings, dataset, objective, train, held_out["valid"], copied, device, compiled)
+        trainer = tasks.Trainer(objective, train, held_out["valid"], splits["valid"], output, settings, compiled)
         trainer.begin(state)
-        metrics = trainer.run()
-        scores = {f"valid_{name}": value for name, value in metrics.items()}
+        metrics = {"valid": trainer.run()}
         if "test" in splits:
             try:
-                found, _ = tasks.evaluate(objective, each["test"], splits["test"])
+                metrics["test"], _ = tasks.evaluate(objective, held_out["test"], splits["test"])
             except KeyboardInterrupt as error:
                 problem = tasks.explain(error)
                 problem.message += (f": {output.path} is written; `codessm evaluate {settings.task} --ckpt "
                                     f"{output.path} --data {settings.paths[0]}` scores the test split")
                 raise problem from None
-            scores |= {f"test_{name}": value for name, value in found.items()}
-            output.record(step=settings.steps, **{name: scores[name] for name in scores if name.startswith("test_")})
+            output.record(step=settings.steps, **{f"test_{name}": value for name, value in metrics["test"].items()})
     seconds, memory = time.monotonic() - started, tasks.peak_memory(device)
+    scores = {f"{split}_{name}": value for split, found in metrics.items() for name, value in found.items()}
     result = dict(output=output.path, task=settings.task, steps=settings.steps, parameters=count_parameters(objective),
                   **scores, seconds=round(seconds, 1), peak_memory=memory)
-    sentences = [f"{output.path}: {settings.steps:,} steps in {seconds:.0f} s, peak memory {data.human_bytes(memory)}"]
-    for name, split in splits.items():
-        own = {key.removeprefix(f"{name}_"): value for key, value in scores.items() if key.startswith(f"{name}_")}
-        if own:
-            sentences.append(f"{name:6} {len(split.examples):,} examples: {objective.format_metrics(own)}")
-    print_result(result, settings.as_json, *sentences)
+    print_result(result, settings.as_json,
+                 f"{output.path}: {settings.steps:,} steps in {seconds:.0f} s, peak memory {data.human_bytes(memory)}",
+                 *(f"{split:6} {len(splits[split].examples):,} examples: {objective.format_metrics(found)}"
+                   for split, found in metrics.items()))
 
 
 def count_parameters(module: nn.Module) -> int:
@@ -1034,18 +1049,19 @@ def count_parameters(module: nn.Module) -> int:
 
 
 def describe(settings: Settings, dataset: data.Dataset, objective: Objective, train: data.Batches,
-             valid: data.Batches, taken: str, device: torch.device, compiled: bool) -> None:
-    """Say every resolved setting, before the work begins."""
+             valid: data.Batches, copied: str, device: torch.device, compiled: bool) -> None:
+    """Print every resolved setting, before the work begins."""
     config, labels = objective.encoder.config, objective.labels
-    several = f", {config['kernels']} kernels a direction" * (config["kernels"] > 1)
+    kind = f" ({objective.kind})" * (objective.kind != settings.task)
+    kernels = f", {config['kernels']} kernels per direction" * (config["kernels"] > 1)
     facts = {
-        "task": f"{settings.task}, {objective.kind}, from {settings.ckpt or settings.init or 'scratch'}",
+        "task": f"{settings.task}{kind}, from {settings.ckpt or settings.init or 'scratch'}",
         "data": dataset.description() + (f"; {dataset.bad:,} bad lines passed over" if dataset.bad else ""),
-        "init": taken,
+        "init": copied,
         "labels": f"{len(labels):,}: {data.listed(labels, 8)}" if labels else "",
         "tokenizer": f"{objective.tokenizer.vocab:,} entries",
-        "samples": f"ctx {settings.ctx}; {len(valid.examples):,} distinct ones to encode in an evaluation",
-        "model": f"{config['model']}, {len(objective.encoder.layers)} x {config['d']}{several}, "
+        "samples": f"ctx {settings.ctx}; an evaluation encodes {len(valid.examples):,} distinct ones",
+        "model": f"{config['model']}, {len(objective.encoder.layers)} x {config['d']}{kernels}, "
                  f"{count_parameters(objective):,} parameters, on {device} in "
                  f"{'bfloat16' if tasks.bf16(device) else 'float32'}{', compiled' * compiled}",
         "processes": f"{data.world_size()}, which share each batch" if data.world_size() > 1 else "",
@@ -1060,7 +1076,7 @@ def describe(settings: Settings, dataset: data.Dataset, objective: Objective, tr
 
 
 def print_result(result: dict, as_json: bool, *sentences: str) -> None:
-    """The outcome of a command, on standard output: for a program, or for people."""
+    """Print the result of a command: one line of JSON for a program, or sentences for people."""
     if data.rank() == 0:
         click.echo(json.dumps(result) if as_json else "\n".join(sentences))
 
@@ -1072,46 +1088,50 @@ TRAINING = ("--ctx --model --kernels --size --init --tokenizer --vocab --steps -
 @cli.command(epilog="Example: codessm pretrain corpus.jsonl --ctx 256 --steps 10000 -o model.pt")
 @click.argument("corpus", nargs=-1)
 @options(TRAINING + " --code-field --text-field",
-         ctx="Tokens a sample, special ones included.  [default: 256]", epochs="Passes over the corpus.  [default: 1]",
+         ctx="Tokens per sample, with special tokens.  [default: 256]", epochs="Passes over the corpus.  [default: 1]",
          lr="Peak learning rate.  [default: 3e-4, with --init 5e-5; tiny: 2e-3]",
          eval_every="Steps between evaluations.  [default: a tenth of all]",
          o=dict(default="model.pt", show_default=True, help="The checkpoint to write."))
 def pretrain(corpus, **chosen):
-    """Pretrain an encoder by masked language modelling on CORPUS.
+    """Pretrain an encoder by masked language modelling.
 
-    CORPUS: files of JSON lines, plain or compressed, folders, globs, or - for standard input; without any, the Python
-    standard library. The same command run again goes on where an interrupted one was.
+    CORPUS: files of JSON lines, plain or compressed, folders, globs, or - for standard input; by default the Python
+    standard library. After an interruption the same command goes on where the run was.
     """
     fit(Settings("mlm", paths=list(corpus), **chosen))
-
-
-def task_argument(*names: str) -> Callable:
-    return click.argument("task", metavar="TASK", type=click.Choice(names))
 
 
 FINETUNED = [name for name, task in data.TASKS.items() if task.line]
 
 
+def data_paths(task: str, path: str | None) -> list[str]:
+    """The path of --data, by default ./TASK; of mlm none by default, which is the standard library."""
+    if path == "":
+        raise click.UsageError("--data is empty: give a path, or leave it out for the default")
+    return [path] if path is not None else [task] if task in FINETUNED else []
+
+
 @cli.command(epilog="Example: codessm finetune devign --ckpt model.pt --data devign/ -o devign.pt")
-@task_argument(*FINETUNED)
+@click.argument("task", metavar="TASK", type=click.Choice(FINETUNED))
 @options("--ckpt --data " + TRAINING,
          ckpt=dict(required=False, help="The pretrained checkpoint to start from; without one, from scratch."),
          data="The folder (or file) of the benchmark as published.  [default: ./TASK]",
-         ctx="Tokens a function, special ones included.  [default: the task's]",
+         ctx="Tokens per function, with special tokens.  [default: the task's]",
          epochs="Passes over the training split.  [default: the task's]",
          lr="Peak learning rate.  [default: 5e-5 from a checkpoint, 3e-4 from scratch; tiny: 2e-3]",
-         eval_every="Steps between evaluations.  [default: an epoch]",
+         eval_every="Steps between evaluations.  [default: those of an epoch]",
          o="The checkpoint to write.  [default: TASK.pt]")
 def finetune(task, **chosen):
     """Fine-tune an encoder on TASK and score it.
 
-    TASK: advtest, sqa, devign, diversevul, complexity, typeinf or clone; or, for JSONL of your own, retrieval (text,
-    code), classify (code, label), tag (tokens, labels) or pair (code1, code2, label).
+    TASK: advtest (or nlcodesearch), sqa, devign, diversevul, complexity, typeinf or clone; or, for JSONL of your own,
+    retrieval (text, code), classify (code, label), tag (tokens, labels) or pair (code1, code2, label).
 
     The weights with the best metric on the validation split are kept; the test split, if there is one, is scored
-    once, at the end. The same command run again goes on where an interrupted one was.
+    once, at the end. After an interruption the same command goes on where the run was.
     """
-    fit(Settings(task, **chosen | dict(paths=[chosen["paths"] or task], output=chosen["output"] or f"{task}.pt")))
+    output = f"{task}.pt" if chosen["output"] is None else chosen["output"]
+    fit(Settings(task, **chosen | dict(paths=data_paths(task, chosen["paths"]), output=output)))
 
 
 def load_for(name: str, path: str, device: torch.device) -> Objective:
@@ -1119,32 +1139,33 @@ def load_for(name: str, path: str, device: torch.device) -> Objective:
     model = load(path, device)
     ours, theirs = data.TASKS[name], data.TASKS[model.name]
     if ours.kind != theirs.kind or ours.labels and list(ours.labels) != model.labels:
-        raise Problem(f"{path} is a model for {model.name}, which {name} cannot be scored with"
-                      + f": `codessm finetune {name} --ckpt {path}` makes one of it that can" * (name in FINETUNED))
+        raise Problem(f"{path} is a model for {model.name} and cannot be scored on {name}"
+                      + f": `codessm finetune {name} --ckpt {path}` makes a model for it" * (name in FINETUNED))
     return model
 
 
+BATCH_HELP = "Samples at a time; the result does not depend on it (except for codef)."
+
+
 @cli.command(epilog="Example: codessm evaluate devign --ckpt devign.pt --split test --predictions predictions.txt")
-@task_argument(*data.TASKS)
+@click.argument("task", metavar="TASK", type=click.Choice(list(data.TASKS)))
 @options("--ckpt --data --ctx --batch --limit --skip-bad --max-line --code-field --text-field --device "
          "--compile/--no-compile --json",
-         data="The folder (or file) of the benchmark, of mlm a corpus.  [default: ./TASK; mlm: the standard library]",
-         ctx="Tokens a function.  [default: as trained]",
-         batch="Samples at a time; the result does not depend on it.")
+         data="The folder (or file) of the benchmark; for mlm a corpus.  [default: ./TASK; mlm: the standard library]",
+         ctx="Tokens per function.  [default: as trained]", batch=BATCH_HELP)
 @click.option("--split", default="test", show_default=True, type=click.Choice(data.SPLITS),
-              help="Of mlm, test is the whole corpus and valid its held-out 1 %.")
-@click.option("--predictions", metavar="FILE", help="Write the predictions, in the form CodeXGLUE's evaluators read.")
+              help="The split to score; for mlm test is the whole corpus, valid the held-out part of it.")
+@click.option("--predictions", metavar="FILE", help="Write the predictions as CodeXGLUE's evaluators read them.")
 def evaluate(task, ckpt, split, predictions, **chosen):
     """Score a checkpoint on a split of TASK, or on a corpus.
 
-    TASK: one of those of finetune, or mlm, which predicts masked tokens of a corpus with a pretrained checkpoint.
+    TASK: a task of finetune, or mlm, which predicts masked tokens of a corpus with a pretrained checkpoint.
     """
-    started, settings = time.monotonic(), Settings(task, ckpt=ckpt, **chosen | dict(paths=[chosen["paths"] or task]))
-    if task not in FINETUNED:
-        settings.paths = [chosen["paths"]] if chosen["paths"] else []
-        if predictions is not None:
-            raise click.UsageError("--predictions is for the other tasks than mlm")
-    elif settings.code_field or settings.text_field:
+    started = time.monotonic()
+    settings = Settings(task, ckpt=ckpt, **chosen | dict(paths=data_paths(task, chosen["paths"])))
+    if task not in FINETUNED and predictions is not None:
+        raise click.UsageError(f"--predictions is not for {task}")
+    if task in FINETUNED and (settings.code_field or settings.text_field):
         raise click.UsageError("--code-field and --text-field are for mlm")
     dataset = None
     if data.rank() == 0:
@@ -1155,46 +1176,50 @@ def evaluate(task, ckpt, split, predictions, **chosen):
                 raise Problem(f"{predictions} exists: give --predictions another name, or remove it")
         dataset = data.read_dataset(task, settings.paths, [split], required=[split], labels=model.labels,
                                     names=predictions is not None, whole=True, **reading(settings))
-        settings.ctx = bounded(settings.ctx, model.ctx, model.encoder, ckpt)
+        settings.ctx = choose_ctx(settings.ctx, model.ctx, model.encoder, ckpt)
     dataset, settings = data.broadcast((dataset, settings))
     device = choose_device(settings.device)
     model = load_for(task, ckpt, device) if data.rank() > 0 else model
     store = data.tokenise(dataset, model.tokenizer, settings.ctx, dataset.splits[split].items())
-    part = dataset.splits[split]
-    batches = data.Batches(store, model.tokenizer, settings.ctx, part.items()[:, None], settings.batch)
+    examples = dataset.splits[split]  # of a tagger only now, as windows of its files
+    batches = data.Batches(store, model.tokenizer, settings.ctx, examples.items()[:, None], settings.batch)
     info(f"{dataset.description()}; ctx {settings.ctx}, {len(batches.examples):,} distinct samples to encode")
     compiled = tasks.compile_objective(model, settings.compiled, tasks.compiling_pays(batches, len(batches)))
-    metrics, outputs = tasks.evaluate(model, batches, part, compiled=compiled)
+    metrics, outputs = tasks.evaluate(model, batches, examples, compiled=compiled)
     if not all(map(math.isfinite, metrics.values())):
-        raise Problem(f"{ckpt}: {NOT_NUMBERS}", 1)
+        raise Problem(f"{ckpt}: {NOT_FINITE}", 1)
     if predictions is not None and data.rank() == 0:
         with data.atomic(predictions) as file:
-            file.writelines(line.encode("utf-8", "replace") + b"\n" for line in model.format_predictions(outputs, part))
+            for line in model.format_predictions(outputs, examples):
+                file.write(line.encode("utf-8", "replace") + b"\n")
     seconds = time.monotonic() - started
-    print_result(dict(task=task, split=split, examples=len(part.examples), **metrics, encoded=len(batches.examples),
-                      seconds=round(seconds, 1), peak_memory=tasks.peak_memory(device)), settings.as_json,
-                 f"{task} {split}, {len(part.examples):,} examples in {seconds:.0f} s: {model.format_metrics(metrics)}")
+    result = dict(task=task, split=split, examples=len(examples.examples), **metrics, encoded=len(batches.examples),
+                  seconds=round(seconds, 1), peak_memory=tasks.peak_memory(device))
+    print_result(result, settings.as_json, f"{task} {split}, {len(examples.examples):,} examples in {seconds:.0f} s: "
+                                           f"{model.format_metrics(metrics)}")
 
 
-NOT_NUMBERS = "what the model says is no number: its training went wrong, or there is nothing to predict"
+NOT_FINITE = "the model's outputs are not finite numbers: its training went wrong, or there is nothing to predict"
 PREDICT = 4096  # records at a time
 
 
 @cli.command(epilog="Example: codessm predict --ckpt devign.pt functions.jsonl > predictions.jsonl")
 @click.argument("files", nargs=-1)
-@options("--ckpt --ctx --batch --max-line --device", ctx="Tokens a function.  [default: as trained]",
-         batch="Samples at a time; the result does not depend on it.")
+@options("--ckpt --ctx --batch --max-line --device",
+         ctx="Tokens per function.  [default: as trained]", batch=BATCH_HELP)
 def predict(files, ckpt, ctx, batch, max_line, device):
-    """Predict for FILES: JSONL, source files, folders of source files, or - (the default), JSONL on standard input.
+    """Predict labels or scores for source files or JSONL.
 
-    A line of JSONL comes out for each that goes in, in the same order, with what else it held and `prediction` and
-    `probabilities` (of a pair `prediction` and `score`, of retrieval `score`, the cosine of text and code, of tagging
-    `predictions`, one a token). For a source file a line comes out with its `path`.
+    FILES: JSONL, source files, folders of source files, or - (the default) for JSONL on standard input.
+
+    Prints a line of JSON for each line or source file, in order: the fields of the line, or the `path` of the file, and
+    `prediction` and `probabilities`; for a pair `prediction` and `score`; for retrieval `score`, the cosine of text and
+    code; for tagging `predictions`, one per token.
     """
     model = load(ckpt, choose_device(device)).frozen()
     if not hasattr(model, "results"):
         raise Problem(f"{ckpt} is a pretrained encoder, which predicts nothing yet: fine-tune it first")
-    ctx = bounded(ctx, model.ctx, model.encoder, ckpt)
+    ctx = choose_ctx(ctx, model.ctx, model.encoder, ckpt)
     for name, examples, hidden in data.examples_to_predict(files or ["-"], model.name, max_line * 10**6):
         while chunk := list(itertools.islice(examples, PREDICT)):
             dataset = data.Unlabelled(chunk, model.kind)
@@ -1208,13 +1233,13 @@ def predict(files, ckpt, ctx, batch, max_line, device):
                 try:
                     json.dumps(result, allow_nan=False)
                 except ValueError:
-                    raise Problem(f"{ckpt}: {NOT_NUMBERS}", 1) from None
-                kept = {key: value for key, value in example.record.items() if key not in hidden}
-                click.echo(json.dumps(kept | result))
+                    raise Problem(f"{ckpt}: {NOT_FINITE}", 1) from None
+                shown = {key: value for key, value in example.record.items() if key not in hidden}
+                click.echo(json.dumps(shown | result))
 
 
 def comma_list(parse: Callable[[str], object]) -> Callable:
-    """A callback of click for values with commas between them, each once; raises `click.BadParameter`."""
+    """A click callback that splits a value at its commas and parses each part; repeated parts count once."""
     return lambda _ctx, _parameter, value: list(dict.fromkeys(parse(part.strip()) for part in value.split(",")))
 
 
@@ -1231,26 +1256,28 @@ def parse_model(part: str) -> str:
 
 
 @cli.command(epilog="Example: codessm bench --models codessm,rocoder --lengths 512,2048,8192 --train")
-@click.option("--lengths", default="512,1024,2048", show_default=True, callback=comma_list(parse_length),
-              help="Tokens a sample.")
-@click.option("--models", default="codessm,rocoder", show_default=True, callback=comma_list(parse_model),
-              help=f"Any of {', '.join(MODELS)}; ratios are to the first.")
+@click.option("--lengths", metavar="N,...", default="512,1024,2048", show_default=True,
+              callback=comma_list(parse_length), help="Tokens per sample.")
+@click.option("--models", metavar="NAME,...", default="codessm,rocoder", show_default=True,
+              callback=comma_list(parse_model), help=f"Any of {', '.join(MODELS)}; ratios are to the first.")
 @click.option("--train", is_flag=True, help="Measure a training step (masked language modelling, AdamW) instead.")
-@click.option("--batch-tokens", type=click.IntRange(1, 2**31), metavar="N",
-              help="Tokens a batch.  [default: 65536, in training 32768; not on a GPU 2048]")
+@click.option("--batch-tokens", **integer(1, 2**31),
+              help="Tokens per batch.  [default: 65536 on a GPU, 32768 with --train; 2048 on a CPU]")
 @click.option("--attention", default="fused", show_default=True, type=click.Choice(["fused", "plain", "both"]),
-              help="bertcoder's and rocoder's: PyTorch's fused kernels, or with the L x L matrices in memory.")
-@click.option("--repeats", type=click.IntRange(1), help="Medians are of so many.  [default: 10, not on a GPU 3]")
+              help="In bertcoder and rocoder: PyTorch's fused kernels, or plain, with the L x L matrices in memory.")
+@click.option("--repeats", **integer(), help="Runs of which the median is taken.  [default: 10 on a GPU, 3 on a CPU]")
 @options("--kernels --size --device --compile/--no-compile --json", size=dict(default="base"),
-         kernels="S4D kernels a direction, of the models that have them.  [default: the model's]",
+         kernels="S4D kernels per direction in the models that have some.  [default: the model's own]",
          compile="Compile the layers.  [default: on a GPU]")
 def bench(lengths, models, train, batch_tokens, attention, repeats, kernels, size, device, compiled, as_json):
     """Measure speed and memory of the models on this machine.
 
-    A batch is full, without padding; in inference kernels are made once a length and weights rounded once, as they are
-    by `evaluate`. The memory is what is allocated at most beyond the weights, the share is that of the model's linear
-    projections in the rate of one large matrix product, the first run is the one that compiles, or finds what was
-    compiled before.
+    Batches are full, without padding. In inference, as in `evaluate`, kernels are made once per length and weights are
+    rounded once, and neither is timed.
+
+    memory: the peak beyond the weights. share: the speed of the linear projections, as if they took all the time,
+    divided by that of one large matrix product. ratio: speed relative to the first model. first run: includes
+    compiling, or loading what was compiled before.
     """
     attending = [name for name in models if MODELS[name].layer is TransformerLayer]
     if attention != "fused" and not attending:
@@ -1264,7 +1291,8 @@ def bench(lengths, models, train, batch_tokens, attention, repeats, kernels, siz
         raise click.UsageError("--kernels is of models with S4D kernels: name one of them in --models")
     device = choose_device(device)
     gpu = device.type == "cuda"
-    batch_tokens, repeats = batch_tokens or (65_536 >> train if gpu else 2048), repeats or (10 if gpu else 3)
+    batch_tokens = batch_tokens or (2048 if not gpu else 32_768 if train else 65_536)
+    repeats = repeats or (10 if gpu else 3)
     forms = {"both": ["", "plain"], "fused": [""], "plain": ["plain"]}[attention]
     cases = [(length, name, form) for length in lengths for name in models
              for form in (forms if name in attending else [""])]
@@ -1296,15 +1324,22 @@ def bench(lengths, models, train, batch_tokens, attention, repeats, kernels, siz
             row["ratio"] = None if "error" in first else row["tokens_per_second"] / first["tokens_per_second"]
         rows.append(row)
         if not as_json:
-            memory, ratio = row.get("memory"), row.get("ratio")
             with bar.external_write_mode():
-                click.echo(f"{f'{name} {form}':15} {length:7,} {batch:6,} " + (row["error"] if "error" in row else (
-                    f"{row['samples_per_second']:10,.1f} {row['tokens_per_second']:10,.0f} "
-                    f"{'?' if memory is None else data.human_bytes(memory):>8} {row['share']:6.2f} "
-                    f"{'' if ratio is None else format(ratio, '.2f'):>6} {row['first_seconds']:7.1f} s")))
+                click.echo(format_row(row))
     if as_json:
         click.echo(json.dumps(dict(device=hardware, torch=torch.__version__, size=size, train=train,
                                    batch_tokens=batch_tokens, precision=precision, product_rate=rate, rows=rows)))
+
+
+def format_row(row: dict) -> str:
+    """A row of bench's table."""
+    case = f"{row['model'] + ' ' + row['form']:15} {row['length']:7,} {row['batch']:6,} "
+    if "error" in row:
+        return case + row["error"]
+    memory = "?" if row["memory"] is None else data.human_bytes(row["memory"])
+    ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
+    return case + (f"{row['samples_per_second']:10,.1f} {row['tokens_per_second']:10,.0f} {memory:>8} "
+                   f"{row['share']:6.2f} {ratio:>6} {row['first_seconds']:7.1f} s")
 
 
 @cli.command(epilog="Example: codessm corpus ~/projects -o corpus.jsonl")
@@ -1313,13 +1348,14 @@ def bench(lengths, models, train, batch_tokens, attention, repeats, kernels, siz
 @click.option("-o", "output_path", metavar="FILE|DIR",
               help="The JSONL file to write, with --task the folder.  [default: standard output; with --task ./TASK]")
 def corpus(paths, task, output_path):
-    """Turn source trees into a corpus: JSONL with a record a Python function, or a file otherwise.
+    """Turn source trees into a JSONL corpus or a benchmark.
 
-    PATHS: folders and files; without any, the Python standard library. Docstrings stand apart from the
-    code, exact duplicates are dropped; hidden, vendored and installed folders below PATHS are left out.
+    PATHS: folders and files; by default the Python standard library. Each Python function is a record, its docstring
+    apart from its code; a file in another language is one record. Exact duplicates are dropped; hidden, vendored and
+    installed folders below PATHS are left out.
 
-    --task advtest makes a benchmark for code search of docstrings and functions, obfuscated where they are ranked;
-    --task typeinf one for type inference of the annotations. `codessm finetune` reads them.
+    --task advtest makes a code search benchmark of docstrings and functions, with obfuscated names in the valid and
+    test splits; --task typeinf makes a type inference benchmark of annotations. `codessm finetune` reads both.
     """
     paths = paths or [data.STANDARD_LIBRARY]
     if task:
@@ -1329,10 +1365,20 @@ def corpus(paths, task, output_path):
         data.build_corpus(paths, sys.stdout.buffer)
         return
     data.check_writable(output_path)
-    if os.path.exists(output_path) and not data.starts_with(output_path, b'{"code": '):
+    if os.path.exists(output_path) and not is_own_corpus(output_path):
         raise Problem(f"{output_path} exists and is no corpus that this command wrote: give another -o")
     with data.atomic(output_path) as file:
         data.build_corpus(paths, file)
+
+
+def is_own_corpus(path: str) -> bool:
+    """Whether `corpus` may replace a file: an empty one, or one whose first record ends as those of `corpus` do."""
+    with open(path, "rb") as file:
+        line = file.readline(data.MAX_LINE)
+    try:
+        return not line or list(json.loads(line))[-2:] == ["language", "path"]
+    except (ValueError, TypeError):
+        return False
 
 
 if __name__ == "__main__":

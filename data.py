@@ -1,21 +1,19 @@
 """Corpora, benchmarks, the tokenizer, the token store and batches: everything between files and arrays of token ids.
 
-    record   one line of a corpus: some code, often with a text that describes it
-    item     what is tokenised once: a record of a corpus, a distinct text of a benchmark, a window of tagged words
+    record   a line of a corpus: code, often with a text that describes it
+    item     the unit of tokenisation: a record of a corpus, a distinct text of a benchmark, a window of tagged words
     sample   what a model reads of an item in one epoch, at most ctx ids: <s> code </s>, or <s> text </s> code </s>
-    example  one or two items, often with a label; batches are made of examples
-    draw     a number in [0, 1) that is a hash of (seed, epoch, item, position). No generator has a state, so a resumed
-             run, another rank and another batch size see the same draws.
+    example  one or two items, often with a label; a batch consists of examples
+    draw     a number in [0, 1), a hash of (seed, epoch, item, position). No generator has a state, so a resumed run,
+             another rank and another batch size see the same draws.
 """
 import array
 import ast
 import atexit
-import bisect
 import bz2
 import csv
 import glob
 import gzip
-import heapq
 import html
 import io
 import itertools
@@ -25,7 +23,6 @@ import math
 import os
 import re
 import shutil
-import stat
 import symtable
 import sys
 import sysconfig
@@ -36,7 +33,8 @@ import zipfile
 import zlib
 from collections import Counter
 from contextlib import contextmanager, suppress
-from functools import partial
+from dataclasses import dataclass
+from functools import cache, partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import BinaryIO, Callable, Iterable, Iterator, NamedTuple
@@ -54,7 +52,7 @@ SPLITS = ("train", "valid", "test")
 HELD_OUT = 1024  # records of a corpus that an evaluation during pretraining reads at most
 MAX_LINE = 16_000_000  # bytes, unless --max-line says otherwise
 MAX_FILE = 1_000_000_000  # bytes of a file that is read as a whole
-MAX_RATIO = 100  # times its size is what a compressed file may hold
+MAX_RATIO = 100  # a compressed file may unpack to this many times its size
 STANDARD_LIBRARY = sysconfig.get_paths()["stdlib"]
 STARCODER = re.compile(r"\A(?:<(?:reponame|filename|gh_stars)>[^<\n]*)+\n?")
 
@@ -62,9 +60,9 @@ STARCODER = re.compile(r"\A(?:<(?:reponame|filename|gh_stars)>[^<\n]*)+\n?")
 # ---- errors, progress, files ------------------------------------------------------------------------
 
 class Problem(click.ClickException):
-    """What ends a command with one sentence and an exit code; control characters in it are printed escaped.
+    """An error that ends a command with one sentence and an exit code; control characters are printed escaped.
 
-    2 is wrong usage or input, 1 a failure, 129, 130 and 143 an interruption, of which rank 0 alone speaks.
+    2 is wrong usage or input, 1 a failure; 129, 130 and 143 are interruptions, which rank 0 alone reports.
     """
 
     def __init__(self, message: str, exit_code: int = 2):
@@ -77,7 +75,7 @@ class Problem(click.ClickException):
 
 
 def printable(message: str) -> str:
-    """The message with control characters escaped, as what it quotes from data may hold some."""
+    """The message with control characters escaped: what it quotes from data may hold some."""
     return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda control: repr(control[0])[1:-1], message)
 
 
@@ -86,35 +84,30 @@ class BadLine(ValueError):
 
 
 class QuietStream:
-    """Standard error that cannot end a run: once it fails (closed, full, no reader), nothing more is written to it."""
+    """Standard error that cannot end a run: after a write fails (closed, full, no reader), it discards everything."""
 
     def __init__(self, stream: io.TextIOBase | None):
         self.stream = stream or open(os.devnull, "w")
 
     def __getattr__(self, name: str):
-        return getattr(self.stream, name)
+        attribute = getattr(self.stream, name)
+        return partial(self._try, attribute) if name in ("write", "flush") else attribute
 
-    def write(self, string: str) -> int:
-        return self._try(self.stream.write, string)
-
-    def flush(self) -> None:
-        self._try(self.stream.flush)
-
-    def _try(self, function: Callable, *args) -> int | None:
+    def _try(self, method: Callable, *args):
         try:
-            return function(*args)
+            return method(*args)
         except (OSError, ValueError):
             self.stream = open(os.devnull, "w")
 
 
 def info(message: str) -> None:
-    """One line of rank 0 for people, on standard error, clear of any progress bar."""
+    """Print one line for people on standard error, clear of any progress bar. Only rank 0 prints."""
     if rank() == 0:
         tqdm.write(printable(message), file=sys.stderr)
 
 
 def progress(iterable: Iterable | None = None, **options) -> tqdm:
-    """A bar on standard error once the work has taken two seconds; rarely redrawn when that is a file."""
+    """A progress bar on standard error. It appears after two seconds and is rarely redrawn if that is a file."""
     options = dict(delay=2, mininterval=0.5 if sys.stderr.isatty() else 20, dynamic_ncols=True,
                    unit_scale=True, file=sys.stderr, disable=rank() > 0) | options
     return tqdm(iterable, **options)
@@ -122,24 +115,21 @@ def progress(iterable: Iterable | None = None, **options) -> tqdm:
 
 def human_bytes(count: float) -> str:
     """A number of bytes for people: 1.2 GB."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
-            break
+    for unit in ("bytes", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            return f"{count:.{0 if unit == 'bytes' else 1}f} {unit}"
         count /= 1000
-    else:
-        unit = "TB"
-    return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
 
 
 def listed(names: Iterable[object], most: int = 3) -> str:
-    """At most so many of the names, for a sentence."""
+    """The names for a sentence, at most `most` of them."""
     names = list(map(str, names))
     return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
 @contextmanager
 def atomic(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """A binary file that replaces `path` as a whole when the block ends, and leaves it alone if the block fails.
+    """A binary file that replaces `path` as a whole when the block ends. If the block fails, `path` stays as it was.
 
     The bytes go to `path`.tmp, which is flushed to the disk and then renamed.
     """
@@ -155,14 +145,12 @@ def atomic(path: str | os.PathLike) -> Iterator[BinaryIO]:
         Path(temporary).unlink(missing_ok=True)
         raise
     directory = os.open(os.path.dirname(path), os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    os.fsync(directory)
+    os.close(directory)
 
 
 def check_writable(path: str | os.PathLike, option: str = "-o") -> None:
-    """Raise a `Problem` unless a file could be written at `path`, which an option names, now."""
+    """Raise a `Problem` unless a file can be written at `path`, the value of `option`."""
     folder = os.path.dirname(os.path.realpath(path))
     if not path or os.path.isdir(path):
         raise Problem(f"{path or 'an empty name'} is a folder: give {option} the name of a file")
@@ -171,14 +159,13 @@ def check_writable(path: str | os.PathLike, option: str = "-o") -> None:
     if not os.path.isdir(folder):
         raise Problem(f"cannot write {path}: there is no folder {folder}")
     try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise Problem(f"cannot write {path}: {error.strerror}") from None
 
 
 def read_text(path: str | os.PathLike) -> str:
-    """The text of a file in UTF-8, of at most a gigabyte; raises `Problem`."""
+    """The text of a UTF-8 file of at most a gigabyte; raises `Problem`."""
     try:
         if os.path.getsize(path) > MAX_FILE:
             raise Problem(f"{path}: over {human_bytes(MAX_FILE)}")
@@ -193,7 +180,7 @@ def rank() -> int:
 
 
 def world_size() -> int:
-    """The number of processes."""
+    """The number of processes over all hosts."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -218,19 +205,19 @@ def broadcast(value):
 COMPRESSED = {b"\x1f\x8b": gzip, b"BZh": bz2, b"\xfd7zXZ": lzma}  # by their first bytes
 ZSTD = b"\x28\xb5\x2f\xfd"
 JSON_LINES = re.compile(r".+\.(jsonl|jsonlines|json)(\.gz|\.bz2|\.xz|\.zst)?|.+\.zip", re.IGNORECASE)
-METRICS_LOG = b'{"step": '  # how the log begins that a run writes beside its checkpoint
+METRICS_LOG = b'{"step": '  # the first bytes of the log that a run writes beside its checkpoint
 
 
 class Source(NamedTuple):
     """A file of lines: plain, compressed by gzip, bzip2 or xz, or one member of a zip archive."""
     name: str  # as the user knows it
     path: str
-    mark: str  # changes when the content does
+    mark: str  # changes when the content does; "-" if the content cannot be read again, as of a pipe
     member: str = ""
 
     @contextmanager
     def open(self) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-        """(the stream of the content, the file itself, whose position tells how much was read); raises `Problem`."""
+        """(the unpacked stream, the file itself, whose position tells how much was read); raises `Problem`."""
         try:
             with open(self.path, "rb") as file:
                 stream = zipfile.ZipFile(file).open(self.member) if self.member else file
@@ -247,58 +234,50 @@ class Source(NamedTuple):
     def lines(self, longest: int = MAX_LINE) -> Iterator[tuple[int, "bytes | BadLine", int]]:
         """(line number from 1, line, position in the file) of each line that is not blank; raises `Problem`.
 
-        For a line of more than `longest` bytes comes a `BadLine`. A compressed file that unpacks to more than
-        `MAX_RATIO` times its size, and one that changes while it is read, are refused.
+        A line of more than `longest` bytes comes as a `BadLine`. Files that unpack to more than `MAX_RATIO` times their
+        size and files that change while they are read are refused.
         """
-        count = 0
-
-        def read_part() -> bytes:
-            """A line, or so much of it that it is known to be too long."""
-            nonlocal count
-            part = stream.readline(longest + 1)
-            count, position = count + len(part), file.tell()
-            if count > longest + MAX_RATIO * position:
-                raise Problem(f"{self.name}: its first {human_bytes(position)} unpack to {human_bytes(count)}, more "
-                              f"than {MAX_RATIO} times as much: unpack it yourself if it is what it should be")
-            return part
-
+        number, unpacked, line = 0, 0, b""
         with self.open() as (stream, file):
             self.check_unchanged(file)
-            for number in itertools.count(1):
-                line = rest = read_part()
-                while len(rest) > longest and not rest.endswith(b"\n"):
-                    rest = read_part()
-                if not line:
-                    break
+            while (part := stream.readline(longest + 1)) or line:
+                unpacked, position = unpacked + len(part), file.tell()
+                if unpacked > longest + MAX_RATIO * position:
+                    raise Problem(f"{self.name}: more than {MAX_RATIO} times its size when unpacked: unpack it yourself")
+                line = line or part
+                if len(part) > longest and not part.endswith(b"\n"):
+                    continue  # a line that is too long goes on
+                number += 1
                 if len(line.rstrip(b"\n")) > longest:
-                    line = BadLine(f"a line of more than {human_bytes(longest)} (--max-line takes longer ones)")
-                elif line.isspace():
-                    continue
-                yield number, line, file.tell()
+                    error = BadLine(f"a line of more than {human_bytes(longest)} (--max-line takes longer ones)")
+                    yield number, error, position
+                elif not line.isspace():
+                    yield number, line, position
+                line = b""
             self.check_unchanged(file)
 
     def check_unchanged(self, file: BinaryIO) -> None:
-        """Raise a `Problem` where the open file is not as it was when it was found."""
+        """Raise a `Problem` if the open file has changed since it was found."""
         if os.path.dirname(self.path) != temporary_folder() and self.mark != mark_of(file):
             raise Problem(f"{self.name} changed while it was being read", 1)
 
 
 def mark_of(file: BinaryIO) -> str:
-    """What changes when the content of an open file does."""
+    """The `Source.mark` of an open file."""
     status = os.fstat(file.fileno())
     return f"{status.st_size} bytes, {status.st_mtime_ns}"
 
 
+@cache
 def temporary_folder() -> str:
     """A folder of this process, removed when it exits."""
-    if not hasattr(temporary_folder, "path"):
-        temporary_folder.path = tempfile.mkdtemp(prefix="codessm-")
-        atexit.register(shutil.rmtree, temporary_folder.path, ignore_errors=True)
-    return temporary_folder.path
+    path = tempfile.mkdtemp(prefix="codessm-")
+    atexit.register(shutil.rmtree, path, ignore_errors=True)
+    return path
 
 
 def spool(name: str, stream: BinaryIO) -> Source:
-    """A temporary copy of what can be read only once; raises `Problem`."""
+    """A temporary copy of a stream that can be read only once; raises `Problem`."""
     handle, path = tempfile.mkstemp(dir=temporary_folder())
     try:
         with open(handle, "wb") as out, progress(desc=f"reading {name}", unit="B") as bar:
@@ -306,20 +285,17 @@ def spool(name: str, stream: BinaryIO) -> Source:
                 out.write(block)
                 bar.update(len(block))
     except OSError as error:
-        raise Problem(f"no room to keep {name} in {os.path.dirname(path)}: {error.strerror}; make some, or let TMPDIR "
-                      "name another folder", 1) from None
+        raise Problem(f"no room to keep {name} in {path} (TMPDIR chooses the folder): {error.strerror}", 1) from None
     return Source(name, path, "-")
 
 
 def open_source(name: str) -> Source:
-    """The `Source` of one file, of a pipe or of - for standard input; raises `Problem`."""
+    """The `Source` of one file, of a pipe, or of - for standard input; raises `Problem`."""
     if name == "-":
         return spool("standard input", sys.stdin.buffer)
     try:
         with open(name, "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                return spool(name, file)
-            return Source(name, name, mark_of(file))
+            return Source(name, name, mark_of(file)) if os.path.isfile(name) else spool(name, file)
     except OSError as error:
         raise Problem(f"{name}: {error.strerror}") from None
 
@@ -327,30 +303,32 @@ def open_source(name: str) -> Source:
 def find_sources(paths: Iterable[str]) -> list[Source]:
     """The corpus files behind files, folders, globs and -, in order, each once; raises `Problem`.
 
-    A folder gives its files of JSON lines (by the ending, see `JSON_LINES`), its subfolders' too. Links are followed
-    once; hidden files, `__MACOSX`, empty files and metrics logs are passed over. A zip archive gives its members.
+    A folder gives the files below it whose names match `JSON_LINES`. Links are followed once; hidden files, `__MACOSX`,
+    empty files and metrics logs are passed over. A zip archive gives its members.
     """
-    names: dict[str, str] = {}
+    names: dict[str, str] = {}  # real path -> name
     for path in map(str, paths):
-        if os.path.isdir(path):
-            found = [name for name in walk(path) if JSON_LINES.fullmatch(os.path.basename(name)) and not is_log(name)]
-            if not found:
-                raise Problem(f"{path}: no file of JSON lines (.jsonl, .jsonlines, .json, compressed or in a .zip); "
-                              f"`codessm corpus {path} -o corpus.jsonl` makes one of source files")
-        elif path == "-" or os.path.exists(path):
-            found = [path]
-        else:
-            found = sorted(p for p in glob.glob(path, recursive=True)
-                           if not is_log(p) and "__MACOSX" not in Path(p).parts)
-            if not found:
-                raise Problem(f"{path}: no such file")
+        exists = path == "-" or os.path.exists(path)
+        matches = [path] if exists else [name for name in sorted(glob.glob(path, recursive=True))
+                                         if "__MACOSX" not in Path(name).parts]
+        found = []
+        for match in matches:
+            if os.path.isdir(match):
+                found += [name for name in walk(match)
+                          if JSON_LINES.fullmatch(os.path.basename(name)) and not is_log(name)]
+            elif exists or not is_log(match):
+                found.append(match)
+        if not found:
+            raise Problem(f"{path}: no file of JSON lines (.jsonl, .jsonlines, .json, compressed or in a .zip); "
+                          f"`codessm corpus {path} -o corpus.jsonl` makes one of source files" if matches else
+                          f"{path}: no such file")
         for name in found:
             names.setdefault(name if name == "-" else os.path.realpath(name), name)
     return [member for name in names.values() for member in members(open_source(name))]
 
 
 def members(source: Source) -> list[Source]:
-    """The source itself, or the files of JSON lines in it if it is a zip archive; raises `Problem`."""
+    """The source itself, or if it is a zip archive the files of JSON lines in it; raises `Problem`."""
     if not zipfile.is_zipfile(source.path):
         return [source]
     with source.open() as (_, file):
@@ -361,37 +339,34 @@ def members(source: Source) -> list[Source]:
 
 
 def visible(path: str) -> bool:
-    """Whether no part of a path is hidden or __MACOSX, where macOS keeps attributes of the files of an archive."""
+    """True unless a part of the path is hidden or is __MACOSX, where macOS archives keep the attributes of files."""
     return not any(part.startswith(".") and part not in (".", "..") or part == "__MACOSX" for part in Path(path).parts)
 
 
 def walk(root: str, skipped: Callable[[str, str], bool] = lambda folder, name: False) -> Iterator[str]:
-    """The visible files below a folder, sorted in each folder; links are followed, but no folder is entered twice.
-
-    `skipped(folder, name)` says which folders to leave out.
-    """
+    """The visible files below a folder but those in `skipped(folder, name)` folders; no linked folder comes twice."""
     seen = set()
     for folder, folders, files in os.walk(root, followlinks=True):
-        place = os.path.realpath(folder)
-        folders[:] = [] if place in seen else sorted(f for f in folders if visible(f) and not skipped(folder, f))
-        if place not in seen:
-            seen.add(place)
+        real = os.path.realpath(folder)
+        folders[:] = [] if real in seen else sorted(f for f in folders if visible(f) and not skipped(folder, f))
+        if real not in seen:
+            seen.add(real)
             yield from (os.path.join(folder, file) for file in sorted(files) if visible(file))
 
 
 def starts_with(path: str, start: bytes) -> bool:
-    """Whether a plain file is empty or starts so."""
+    """True if a plain file is empty or begins with `start`."""
     with open(path, "rb") as file:
         return file.read(len(start)) in (b"", start)
 
 
 def is_log(path: str) -> bool:
-    """Whether it is no file, empty, or a metrics log: one that lies beside a corpus is no part of it."""
+    """True for what is no plain file, for an empty file and for a metrics log, which may lie beside a corpus."""
     return not os.path.isfile(path) or starts_with(path, METRICS_LOG)
 
 
 def standard_library() -> Source:
-    """The running interpreter's own standard library as a corpus: the default one."""
+    """The standard library of the running interpreter, which is the default corpus."""
     path = os.path.join(temporary_folder(), "standard-library.jsonl")
     with open(path, "wb") as out:
         build_corpus([STANDARD_LIBRARY], out)
@@ -399,23 +374,18 @@ def standard_library() -> Source:
                   f"{os.path.getsize(path)} bytes, {zlib.crc32(Path(path).read_bytes())}")
 
 
+@dataclass
 class Records:
-    """The lines of some files, parsed. Each iteration reads the files again, one line in memory at a time.
+    """The parsed lines of some files. Each iteration reads the files again, with one line in memory at a time.
 
-    Args:
-        sources: from `find_sources`.
-        parse: bytes of a line -> anything, None to pass over it; raises `BadLine`.
-        limit: only the first so many records of each file.
-        skip_bad: count bad lines and pass over them, where otherwise the first raises a `Problem`.
-        longest: bytes of a line at most.
-    Iterating gives (number of the source, what `parse` made of the line). A caller may `reject` the record that it has
-    just been given. `bad` counts the lines passed over.
+    Iteration gives (number of the source, parsed line). The caller may `reject` the record that it has just got.
     """
-
-    def __init__(self, sources: list[Source], parse: Callable[[bytes], object], limit: int | None = None,
-                 skip_bad: bool = False, longest: int = MAX_LINE):
-        self.sources, self.parse, self.limit, self.skip_bad, self.longest = sources, parse, limit, skip_bad, longest
-        self.bad, self.line_number, self.source = 0, 0, None
+    sources: list[Source]  # from `find_sources`
+    parse: Callable[[bytes], object]  # of a line; None passes over it; raises `BadLine`
+    limit: int | None = None  # records of each file
+    skip_bad: bool = False  # count bad lines, where otherwise the first raises a `Problem`
+    longest: int = MAX_LINE  # bytes of a line
+    bad = 0  # lines passed over in the latest iteration
 
     def __iter__(self) -> Iterator[tuple[int, object]]:
         self.bad = 0
@@ -470,7 +440,7 @@ def parse_json(line: bytes) -> dict:
 
 
 def well_formed(string: str) -> str:
-    """The string with lone surrogates replaced, which JSON and Python can spell and UTF-8 cannot."""
+    """The string with lone surrogates replaced. JSON and Python can spell them, UTF-8 cannot."""
     return string if string.isascii() else string.encode("utf-8", "replace").decode()
 
 
@@ -481,18 +451,16 @@ def as_string(value: object) -> str:
     return well_formed(value)
 
 
-def as_words(value: object) -> list[str]:
-    """a list of strings"""
-    if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
-        raise TypeError
-    return list(map(well_formed, value))
-
-
 def as_list(value: object) -> list:
     """a list"""
     if not isinstance(value, list):
         raise TypeError
     return value
+
+
+def as_words(value: object) -> list[str]:
+    """a list of strings"""
+    return [as_string(word) for word in as_list(value)]
 
 
 def as_text(value: object) -> str:
@@ -502,7 +470,7 @@ def as_text(value: object) -> str:
 
 def as_label(value: object) -> str:
     """a name or a whole number"""
-    if isinstance(value, (bool, float)) and value == value // 1:
+    if isinstance(value, bool) or isinstance(value, float) and value.is_integer():
         value = int(value)
     if not isinstance(value, (str, int)):
         raise TypeError
@@ -510,25 +478,23 @@ def as_label(value: object) -> str:
 
 
 def field(record: dict, names: Iterable[str], kind: Callable[[object], object] = as_string, required: bool = True):
-    """The first of the named fields that is there and not null, as a `kind`; else None. Raises `BadLine`.
+    """The first of the named fields that is there and not null, as a `kind`; None if none is `required`.
 
-    A `kind` converts a value or raises TypeError; its docstring is what it wants.
+    A `kind` converts a value or raises TypeError; its docstring says what it wants. Raises `BadLine`.
     """
-    names = list(names)
+    names = [name for name in names if name in record] or list(names)
     for name in names:
-        value = record.get(name)
-        if value is not None:
+        if record.get(name) is not None:
             try:
-                return kind(value)
+                return kind(record[name])
             except TypeError:
-                raise BadLine(f'the field "{name}" is {JSON_KIND.get(type(value), f"the number {value}")}, not '
-                              f"{kind.__doc__}") from None
-    if not required:
-        return None
-    if any(name in record for name in names):
-        raise BadLine(f'the field "{next(name for name in names if name in record)}" is null')
-    wanted = " or ".join(f'"{name}"' for name in names)
-    raise BadLine(f"no field {wanted}; the fields seen are: {listed(record, 12) or 'none'}")
+                value = JSON_KIND.get(type(record[name]), f"the number {record[name]}")
+                raise BadLine(f'the field "{name}" is {value}, not {kind.__doc__}') from None
+    if required and names[0] in record:
+        raise BadLine(f'the field "{names[0]}" is null')
+    if required:
+        wanted = " or ".join(f'"{name}"' for name in names)
+        raise BadLine(f"no field {wanted}; the fields seen are: {listed(record, 12) or 'none'}")
 
 
 # a docstring: a string alone on its lines, after a line that ends with a colon
@@ -539,10 +505,10 @@ DOCSTRING = re.compile(r"(?<=:)([ \t]*(?:#[^\n]{0,200})?\n\s*)([rRuU]?(?:"
 
 
 def separate_docstring(text: str, code: str) -> tuple[str, str]:
-    """(text, code) without the text in both: CodeSearchNet's Python code, say, still holds its docstring.
+    """(text, code) in which the text occurs once: CodeSearchNet's Python code, say, holds its docstring too.
 
-    The docstring that holds the text, by its letters and digits, is cut out of the code. A text that is found
-    elsewhere in the code stays there alone.
+    A docstring that contains the text, compared by letters and digits, is cut out of the code. A text that is elsewhere
+    in the code is dropped.
     """
     def letters(string: str) -> str:
         return re.sub(r"\W+", "", string)
@@ -558,21 +524,19 @@ def separate_docstring(text: str, code: str) -> tuple[str, str]:
 
 
 def literal_value(literal: str) -> str:
-    """What a string literal stands for; itself where it is none."""
+    """The value of a string literal; the literal itself if it is none."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return str(ast.literal_eval(literal))
+        return str(ast.literal_eval(parse_python(literal).body[0].value))
     except (SyntaxError, ValueError):
         return literal
 
 
-def cut_literal(code: str, begin: int, end: int, alone: bool | None = None) -> str:
-    """Code without the docstring code[begin:end]; its lines go too, unless a statement or a comment shares them.
+def cut_literal(code: str, begin: int, end: int) -> str:
+    """Code without the docstring code[begin:end]. Its lines go too, unless a statement or a comment shares them.
 
-    `alone`, the docstring is the whole body, and becomes `pass`; None, it is if nothing follows.
+    A docstring that nothing follows is the whole body, and becomes `pass`.
     """
-    if not code[end:].strip() if alone is None else alone:
+    if not code[end:].strip():
         return f"{code[:begin]}pass{code[end:]}"
     first = code.rfind("\n", 0, begin) + 1
     last = re.compile(r"[ \t]*").match(code, end).end()
@@ -582,93 +546,20 @@ def cut_literal(code: str, begin: int, end: int, alone: bool | None = None) -> s
 
 
 class Split(NamedTuple):
-    """The examples of one split, made of numbered items.
-
-    examples    (n, k) int64: the k = 1 or 2 items of each example
-    labels      (n,) int64, of classification and pairs
-    names       what each example calls itself, for a file of predictions
-    queries     of retrieval, (Q,): the item of each query; query_names likewise
-    candidates  (C,): the items that are ranked, each text once; candidate_names likewise
-    right       (m, 2): query and candidate, by their places in these, of each right answer
-    """
-    examples: np.ndarray
-    labels: np.ndarray | None = None
-    names: list | None = None
-    queries: np.ndarray | None = None
+    """The examples of one split, made of numbered items."""
+    examples: np.ndarray                  # (n, k) int64: the items of each example, k = 1 or 2
+    labels: np.ndarray | None = None      # (n,) int64, of classification and pairs
+    names: list | None = None             # what each example calls itself, for a file of predictions
+    queries: np.ndarray | None = None     # of retrieval, (Q,): the item of each query
     query_names: list | None = None
-    candidates: np.ndarray | None = None
+    candidates: np.ndarray | None = None  # (C,): the items that are ranked, each text once
     candidate_names: list | None = None
-    right: np.ndarray | None = None
+    right: np.ndarray | None = None       # (m, 2): the places in queries and in candidates of each right answer
 
     def items(self) -> np.ndarray:
-        """The distinct items, which evaluation encodes each once."""
+        """The distinct items. An evaluation encodes each of them once."""
         parts = [self.examples.ravel()] if self.candidates is None else [self.queries, self.candidates]
         return np.unique(np.concatenate(parts))
-
-    def of_windows(self, files: np.ndarray) -> "Split":
-        """The split of files of words as one of their windows, `files` being the file of each."""
-        windows = np.flatnonzero(np.isin(files, self.examples))
-        return Split(windows[:, None], names=files[windows].tolist())
-
-
-class Dataset:
-    """What is read for a task: `Split`s of numbered items, and the passes over their texts.
-
-    A subclass reads its files once, to check and number what is in them. `sources` are the files, `bad` counts the
-    lines passed over, `count` the items, `bytes` is about the size of the texts, `labels` are those of the task.
-    """
-    splits: dict[str, Split]
-    records: Records
-    sources: list[Source]
-    labels: list[str] = []
-    reading: dict = {}  # how the files are read
-    count = bad = bytes = 0
-    windows = False  # its items become windows, which are numbered when they are tokenised
-
-    def texts(self) -> Iterator[object]:
-        """The text of each item, in the order of their numbers; the files are read again."""
-        raise NotImplementedError
-
-    def strings(self, text: object) -> list[str]:
-        """The strings of one of the `texts`."""
-        return [text]
-
-    def training_strings(self, most: int) -> Iterator[str]:
-        """About `most` bytes at most of the training split's strings, chosen by a hash: the same in every run."""
-        wanted, share = self.splits["train"].items(), min(1.0, most / max(1, self.bytes))
-        for text in self.select(wanted):
-            strings = self.strings(text)
-            if share == 1 or zlib.crc32("\0".join(strings).encode()) < share * 2 ** 32:
-                yield from strings
-
-    def select(self, wanted: np.ndarray) -> Iterator[object]:
-        """The texts of these items, which are sorted."""
-        position = 0
-        for number, text in enumerate(self.texts()):
-            if position == len(wanted):
-                return
-            if number == wanted[position]:
-                position += 1
-                yield text
-
-    def items_read(self, steps: int | None, batch: int, seed: int) -> np.ndarray:
-        """The items that a run of so many steps reads, sorted: few where it ends within its first epoch."""
-        examples = self.splits["train"].examples
-        if steps and not self.windows:
-            pools = -(-steps // Batches.POOL)
-            examples = examples[shuffled(len(examples), seed, 0)[:pools * Batches.POOL * batch]]
-        return np.unique(np.concatenate([examples.ravel(), *(split.items() for name, split in self.splits.items()
-                                                             if name != "train")]))
-
-    def sequences(self, tokenizer: "Tokenizer", ctx: int, wanted: np.ndarray, whole: bool) -> Iterator["Sequence"]:
-        """The token ids of the wanted items in the order of their numbers, at most ctx - 1 of them.
-
-        `whole`, all ids of code come, for windows at any place of it.
-        """
-        numbers = map(int, wanted)
-        for block in blocks(self.select(wanted)):
-            for ids in tokenizer.encode_many(block, ctx - 2):
-                yield Sequence(next(numbers), [tokenizer.start, *ids[:ctx - 2]])
 
 
 class Sequence(NamedTuple):
@@ -679,14 +570,68 @@ class Sequence(NamedTuple):
     tags: list[tuple[int, int]] = []  # (place in ids, label number) of a window's labelled words
 
 
-def blocks(texts: Iterable[object], size: Callable[[object], int] = len, most: int = 2 ** 20) -> Iterator[list]:
-    """Lists of successive texts, of about `most` characters and 2^13 texts at most: what the tokenizers library encodes
-    in parallel."""
+class Dataset:
+    """What is read for a task: `Split`s of numbered items. The texts of the items are read again in each pass."""
+    splits: dict[str, Split]
+    records: Records
+    sources: list[Source]
+    labels: list[str] = []  # of the task
+    reading: dict = {}  # how the files are read
+    count = 0  # items
+    bad = 0  # lines passed over
+    bytes = 0  # about the size of all texts
+    windows = False  # whether items are files of words, whose windows are numbered when they are tokenised
+
+    def texts(self) -> Iterator[object]:
+        """The text of each item, in the order of their numbers."""
+        raise NotImplementedError
+
+    def strings(self, text: object) -> tuple[str, str]:
+        """(text, code) of one of the `texts`, the text being "" where there is none."""
+        return "", text
+
+    def training_strings(self, most: int) -> Iterator[str]:
+        """At most about `most` bytes of the training split's strings, chosen by a hash: the same in every run."""
+        share = min(1.0, most / max(1, self.bytes))
+        for strings in map(self.strings, self.select(self.splits["train"].items())):
+            if share == 1 or zlib.crc32("\0".join(strings).encode()) < share * 2 ** 32:
+                yield from strings
+
+    def select(self, wanted: np.ndarray) -> Iterator[object]:
+        """The texts of the wanted items, which are sorted."""
+        return itertools.compress(self.texts(), np.isin(np.arange(wanted.max(initial=-1) + 1), wanted))
+
+    def items_read(self, steps: int | None, batch: int, seed: int) -> np.ndarray:
+        """The sorted items that a run of so many steps reads: few of them if it ends within its first epoch."""
+        examples = self.splits["train"].examples
+        if steps and not self.windows:
+            pools = -(-steps // Batches.POOL)
+            examples = examples[shuffled(len(examples), seed, 0)[:pools * Batches.POOL * batch]]
+        evaluated = [split.items() for name, split in self.splits.items() if name != "train"]
+        return np.unique(np.concatenate([examples.ravel(), *evaluated]))
+
+    def sequences(self, tokenizer: "Tokenizer", ctx: int, wanted: np.ndarray, whole: bool) -> Iterator[Sequence]:
+        """The ids of the wanted items, in order: <s> code or <s> text </s> code, at most ctx - 1 of them.
+
+        The text with its special tokens takes at most half of ctx. With `whole` all ids of the code come, so that a
+        window can begin at any place of it.
+        """
+        numbers, room = map(int, wanted), ctx // 2 - 2
+        for block in blocks(map(self.strings, self.select(wanted))):
+            texts, codes = zip(*block)
+            for text, code, number in zip(tokenizer.encode_many(texts, room),
+                                          tokenizer.encode_many(codes, None if whole else ctx), numbers):
+                head = [tokenizer.start, *text[:room], tokenizer.end] if text else [tokenizer.start]
+                yield Sequence(number, head + (code if whole else code[:ctx - 1 - len(head)]), len(head))
+
+
+def blocks(pairs: Iterable[tuple[str, str]]) -> Iterator[list]:
+    """Lists of successive pairs, about a million characters each: what the tokenizers library encodes in parallel."""
     block, characters = [], 0
-    for text in texts:
-        block.append(text)
-        characters += size(text)
-        if characters > most or len(block) == 2 ** 13:
+    for pair in pairs:
+        block.append(pair)
+        characters += sum(map(len, pair))
+        if characters > 2 ** 20 or len(block) == 2 ** 13:
             yield block
             block, characters = [], 0
     if block:
@@ -694,57 +639,47 @@ def blocks(texts: Iterable[object], size: Callable[[object], int] = len, most: i
 
 
 class Corpus(Dataset):
-    """JSONL files of (text, code) records for masked language modelling; in memory is a byte a record.
+    """JSONL files of (text, code) records for masked language modelling. An item is a record. Raises `Problem`.
 
-    Args:
-        sources, limit, skip_bad, longest: as for `Records`.
-        code_field, text_field: their names, where they are not among the known ones.
-        most_valid: only so many of the records held out are in the validation split.
-    An item is a record. Held out is 1 % by a hash of the line; of fewer than 3,200 records a tenth, 32 at most, those
-    with the lowest hashes. The test split is the whole corpus. Raises `Problem`.
+    Held out is 1 % of the records, by a hash of the line; of fewer than 3,200 a tenth, 32 at most. The validation split
+    has at most `most_valid` of them, the test split is the whole corpus. `code_field` and `text_field` replace the known
+    names of fields; `reading` are `limit`, `skip_bad` and `longest` of `Records`.
     """
 
     def __init__(self, sources: list[Source], code_field: str | None = None, text_field: str | None = None,
-                 limit: int | None = None, skip_bad: bool = False, longest: int = MAX_LINE,
-                 most_valid: int | None = None):
-        self.code_fields = (code_field,) if code_field else CODE_FIELDS
+                 most_valid: int | None = None, **reading):
+        text_alone = () if code_field or text_field else ("text",)  # is code
+        self.code_fields = (code_field,) if code_field else CODE_FIELDS + text_alone
         self.text_fields = (text_field,) if text_field else TEXT_FIELDS
-        self.text_is_code = not code_field and not text_field  # of a record with `text` alone
-        self.reading = dict(fields=(code_field, text_field), limit=limit, skip_bad=skip_bad, longest=longest)
-        self.sources, self.records = sources, Records(sources, self.parse, limit, skip_bad, longest)
-        held, texts = bytearray(), 0
-        lowest: list[tuple[int, int]] = []  # (-hash, record) of the 32 lowest hashes
+        self.reading = dict(fields=(code_field, text_field), **reading)
+        self.sources, self.records = sources, Records(sources, self.parse, **reading)
+        checksums, texts = array.array("I"), 0
         for _, (text, code, checksum) in self.records:
-            (heapq.heappush if len(lowest) < 32 else heapq.heappushpop)(lowest, (-checksum, len(held)))
-            held.append(checksum % 100 == 0)
+            checksums.append(checksum)
             texts += bool(text)
             self.bytes += len(text) + len(code)
-        self.bad = self.records.bad
-        if not held:
+        self.bad, self.count = self.records.bad, len(checksums)
+        if not self.count:
             raise self.records.none_found()
         if text_field and not texts:
             raise Problem(f'{listed(source.name for source in sources)}: no record has the field "{text_field}" '
                           "given with --text-field")
-        held = np.frombuffer(held, np.uint8)
-        least = min(32, max(1, len(held) // 10), len(held) - 1)
+        held = np.array(checksums) % 100 == 0
+        least = min(32, max(1, self.count // 10), self.count - 1)
         if held.sum() < least:
-            held[[record for _, record in sorted(lowest, reverse=True)[:least]]] = 1
+            held[np.argsort(checksums, kind="stable")[:least]] = True
         valid = np.flatnonzero(held)
         some = np.linspace(0, len(valid) - 1, min(most_valid or len(valid), len(valid))).astype(int)
-        self.count, self.held_out = len(held), len(valid)
-        self.splits = {"train": Split(np.flatnonzero(held == 0)[:, None]), "valid": Split(valid[some, None]),
-                       "test": Split(np.arange(len(held))[:, None])}
+        self.splits = {"train": Split(np.flatnonzero(~held)[:, None]), "valid": Split(valid[some, None]),
+                       "test": Split(np.arange(self.count)[:, None])}
 
     def parse(self, line: bytes) -> tuple[str, str, int]:
-        """(text, code, hash) of one line, the text "" where there is none; raises `BadLine`."""
+        """(text, code, hash) of one line, the text being "" where there is none; raises `BadLine`."""
         record = parse_json(line)
-        code, text = field(record, self.code_fields, required=False), None
-        if code is None and self.text_is_code and record.get("text") is not None:
-            code, text = field(record, ["text"]), field(record, TEXT_FIELDS[:-1], required=False)
-        elif code is not None:
-            text = field(record, self.text_fields, required=False)
-        else:
-            field(record, self.code_fields)
+        code = field(record, self.code_fields)
+        text = field(record, self.text_fields, required=False)
+        if text == code:  # the field `text` alone
+            text = None
         if code.startswith("<"):
             code = STARCODER.sub("", code)
         if not code.strip():
@@ -755,18 +690,8 @@ class Corpus(Dataset):
         for _, (text, code, _) in self.records:
             yield text, code
 
-    def strings(self, text: tuple[str, str]) -> list[str]:
-        return list(text)
-
-    def sequences(self, tokenizer: "Tokenizer", ctx: int, wanted: np.ndarray, whole: bool) -> Iterator[Sequence]:
-        """<s> text </s> code: the text with its special tokens takes at most half of ctx."""
-        numbers, room = map(int, wanted), ctx // 2 - 2
-        for block in blocks(self.select(wanted), lambda record: len(record[0]) + len(record[1])):
-            texts, codes = zip(*block)
-            for text, code in zip(tokenizer.encode_many(texts, room),
-                                  tokenizer.encode_many(codes, None if whole else ctx)):
-                head = [tokenizer.start, *text[:room], tokenizer.end] if text else [tokenizer.start]
-                yield Sequence(next(numbers), head + (code if whole else code[:ctx - 1 - len(head)]), len(head))
+    def strings(self, text: tuple[str, str]) -> tuple[str, str]:
+        return text
 
     def description(self) -> str:
         parts = [f"{len(split.examples):,} for {name}" for name, split in self.splits.items()]
@@ -782,13 +707,10 @@ LONGEST_WORD = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"\S{256}|\s{256
 
 
 class Tokenizer:
-    """A Hugging Face tokenizer with the ids of the special tokens: `pad`, `start`, `end`, `mask`.
+    """A Hugging Face tokenizer, from the text of a `tokenizer.json`; raises `Problem`.
 
-    Args:
-        text: the content of a `tokenizer.json`.
-        name: what to call it in an error. Raises `Problem` if it is none or lacks a special token.
-    `special` and `ordinary` are arrays of ids (int32): the special tokens, and all others. A run of characters without
-    a break is cut after 256, as the time that BPE takes grows with the square of a word's length.
+    `pad`, `start`, `end` and `mask` are ids of special tokens; `special` (int32) are the ids of all special tokens, and
+    `ordinary` all others. Words are cut at 256 characters: BPE's time grows with the square of a word's length.
     """
 
     def __init__(self, text: str, name: str = "the tokenizer"):
@@ -799,7 +721,7 @@ class Tokenizer:
         self.text = text
         self.model.no_truncation()
         self.model.no_padding()
-        self.model.encode_special_tokens = True  # "<mask>" in a source file is five characters of code
+        self.model.encode_special_tokens = True  # "<mask>" in a source file is six characters of code
         self.model.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
             [LONGEST_WORD, *filter(None, [self.model.pre_tokenizer])])
         vocabulary = self.model.get_vocab(with_added_tokens=True)
@@ -809,8 +731,6 @@ class Tokenizer:
                 raise Problem(f"{name} has no {role} token: its vocabulary needs {' or '.join(spellings)}")
             setattr(self, role, found[0])
         self.vocab = max(vocabulary.values()) + 1
-        if self.vocab > 2 * len(vocabulary) + 1000:
-            raise Problem(f"{name} has ids up to {self.vocab - 1:,} for {len(vocabulary):,} entries: number them anew")
         marked = {i for i, token in self.model.get_added_tokens_decoder().items() if token.special}
         marked |= {getattr(self, role) for role in SPECIALS}
         self.special = np.array(sorted(marked), np.int32)
@@ -820,11 +740,11 @@ class Tokenizer:
         return Tokenizer, (self.text,)
 
     def encode(self, string: str) -> list[int]:
-        """The ids of a string, without special tokens; raises `Problem` where the tokenizer has none for it."""
+        """The ids of a string, without special tokens; raises `Problem` if the tokenizer cannot encode it."""
         return self.encode_many([string])[0]
 
     def encode_many(self, strings: Iterable[str], room: int | None = None) -> list[list[int]]:
-        """The ids of each string; with `room`, of enough of its beginning to give so many ids if it has them."""
+        """The ids of each string. With `room`, at least the first `room` ids of each, so that long strings are cut."""
         strings = list(strings)
         parts = strings if room is None else [string[:8 * room + 1024] for string in strings]  # enough for most
         try:
@@ -856,7 +776,7 @@ def load_tokenizer(path: str) -> Tokenizer:
 
 
 def train_tokenizer(dataset: Dataset, vocab: int, most: int = 200_000_000) -> Tokenizer:
-    """A byte-level BPE of `vocab` entries trained on about `most` bytes at most of a data set's training split."""
+    """A byte-level BPE of `vocab` entries, trained on at most about `most` bytes of a data set's training split."""
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
     byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([LONGEST_WORD, byte_level])  # as `Tokenizer` has it
@@ -875,28 +795,29 @@ def train_tokenizer(dataset: Dataset, vocab: int, most: int = 200_000_000) -> To
 
 # ---- the token store and batches --------------------------------------------------------------------
 
-IN_MEMORY = 2 ** 26  # bytes of text; the tokens of more of it go to a file
+IN_MEMORY = 2 ** 26  # bytes of text; the tokens of more text go to a file
 
 
 class TokenStore:
     """The token ids of numbered items in a memory-mapped file.
 
     ids     all sequences, one after another: uint16 where the vocabulary allows, else int32
-    starts  (n + 1,) int64: item i has ids[starts[i]:starts[i + 1]]; an item that is not wanted has none
-    heads   (n,) int32: so many of them begin every sample of it
-    files   (n,) int64, of windows: the file of each
-    tags    (m, 2) int32, of windows: place in the window and label of each labelled word; those of window i are
+    starts  (n + 1,): item i has ids[starts[i]:starts[i + 1]], none if it is not wanted
+    heads   (n,): how many of its ids begin every sample of it
+    files   (n,), of windows: the file of each
+    tags    (m, 2), of windows: place in the window and label of each labelled word; window i has
             tags[tag_starts[i]:tag_starts[i + 1]]
 
-    The file is these arrays, a line of JSON that names them, and its length in 8 bytes.
+    The file is these arrays, all but ids int64, a line of JSON that describes them, and its length in 8 bytes.
     """
 
     def __init__(self, buffer: np.ndarray):
         length = int.from_bytes(buffer[-8:].tobytes(), "little")
-        self.key, arrays = json.loads(buffer[-8 - length:-8].tobytes())
-        for name, (dtype, begin, end) in arrays.items():
-            setattr(self, name, buffer[begin:end].view(dtype))
-        self.tags = self.tags.reshape(-1, 2)
+        self.key, dtype, end, sizes = json.loads(buffer[-8 - length:-8].tobytes())
+        self.ids = buffer[:end].view(dtype)
+        numbers = buffer[end + -end % 8:-8 - length].view(np.int64)
+        self.starts, self.heads, self.files, tags, self.tag_starts = np.split(numbers, np.cumsum(sizes)[:-1])
+        self.tags = tags.reshape(-1, 2)
 
     @staticmethod
     def open(path: str, key: str) -> "TokenStore | None":
@@ -909,34 +830,26 @@ class TokenStore:
 
     @staticmethod
     def write(file: BinaryIO, sequences: Iterable[Sequence], key: str, vocab: int, count: int | None) -> None:
-        """Write a store of `count` items (None, of windows) from the sequences of some, in the order of their numbers.
-        """
+        """Write a store of `count` items, or with None of windows, from sequences in the order of their numbers."""
         dtype = np.dtype(np.uint16 if vocab <= 2 ** 16 else np.int32)
-        starts, heads, files = array.array("q", [0]), array.array("i"), array.array("q")
-        tags, tag_starts = array.array("i"), array.array("q", [0])
-
-        def pass_over(unwanted: int) -> None:
-            starts.extend(itertools.repeat(starts[-1], unwanted))
-            heads.extend(itertools.repeat(0, unwanted))
-
+        numbers, lengths, heads, tag_counts, tags = (array.array("q") for _ in range(5))
         for sequence in sequences:
-            pass_over(0 if count is None else sequence.number - len(heads))
             file.write(np.array(sequence.ids, dtype).tobytes())
-            starts.append(starts[-1] + len(sequence.ids))
+            numbers.append(sequence.number)
+            lengths.append(len(sequence.ids))
             heads.append(sequence.head)
-            if count is None:
-                files.append(sequence.number)
-                tags.extend(itertools.chain(*sequence.tags))
-                tag_starts.append(len(tags) // 2)
-        pass_over(0 if count is None else count - len(heads))
-        end = starts[-1] * dtype.itemsize
-        arrays = {"ids": (dtype.str, 0, end)}
-        for name, values in dict(starts=starts, heads=heads, files=files, tags=tags, tag_starts=tag_starts).items():
-            begin = -(-end // 8) * 8
-            file.write(bytes(begin - end) + values.tobytes())
-            end = begin + len(values) * values.itemsize
-            arrays[name] = f"i{values.itemsize}", begin, end
-        footer = json.dumps([key, arrays]).encode()
+            tag_counts.append(len(sequence.tags))
+            tags.extend(itertools.chain(*sequence.tags))
+        end = sum(lengths) * dtype.itemsize
+        arrays = [np.append(0, np.cumsum(lengths)), heads, numbers, tags, np.append(0, np.cumsum(tag_counts))]
+        if count is not None:
+            of_all = np.zeros((2, count), np.int64)
+            of_all[:, numbers] = lengths, heads
+            arrays = [np.append(0, np.cumsum(of_all[0])), of_all[1], [], [], []]
+        file.write(bytes(-end % 8))
+        for values in arrays:
+            file.write(np.asarray(values, np.int64).tobytes())
+        footer = json.dumps([key, dtype.str, end, [len(values) for values in arrays]]).encode()
         file.write(footer + len(footer).to_bytes(8, "little"))
 
     def lengths(self, items: np.ndarray, ctx: int) -> np.ndarray:
@@ -944,8 +857,8 @@ class TokenStore:
         return np.minimum(self.starts[items + 1] - self.starts[items] + 1, ctx)
 
     def sample(self, item: int, room: int, place: float = 0.0) -> np.ndarray:
-        """The ids of a sample but for the last </s>, at most `room`: the head, and of a longer rest the window that
-        begins at `place` in [0, 1)."""
+        """The ids of a sample without the last </s>, at most `room`: the head and, if the rest is too long, the window
+        of it that begins at `place` in [0, 1)."""
         ids = self.ids[self.starts[item]:self.starts[item + 1]]
         spare, head = len(ids) - room, self.heads[item]
         if spare <= 0:
@@ -958,10 +871,10 @@ def tokenise(dataset: Dataset, tokenizer: Tokenizer, ctx: int, wanted: np.ndarra
              path: str | None = None) -> TokenStore:
     """The tokens of the wanted items (sorted), kept at `path`, or without one for this run of the program alone.
 
-    Local rank 0 of each host makes them once, in constant memory, while the others wait. Few are kept in memory. A file
-    of an earlier run that holds the very same is used again. Raises `Problem`, also where the disk has too little room.
+    Local rank 0 of each host tokenises once, in constant memory, while the others wait. A small data set stays in
+    memory. A file that an earlier run made of the very same is used again. Raises `Problem`, also if the disk is full.
     """
-    files = [source.path if source.mark == "-" else source[::2] for source in dataset.sources]  # no two pipes are alike
+    files = [(source.name, source.path if source.mark == "-" else source.mark) for source in dataset.sources]
     parts = [files, dataset.reading, dataset.labels, dataset.count, dataset.bytes, tokenizer.text, ctx, whole,
              len(wanted), zlib.crc32(wanted.tobytes())]
     key = f"{digest(json.dumps(parts)):016x}"
@@ -974,40 +887,41 @@ def tokenise(dataset: Dataset, tokenizer: Tokenizer, ctx: int, wanted: np.ndarra
     if world_size() == 1 and dataset.bytes < IN_MEMORY:
         write(file := io.BytesIO())
         return number_windows(dataset, TokenStore(np.frombuffer(file.getbuffer(), np.uint8)))
-    given = path
-    path = given or os.path.join(tempfile.gettempdir(), f"codessm-{broadcast(os.urandom(8).hex())}.tokens")
+    temporary = path is None
+    if temporary:
+        path = os.path.join(tempfile.gettempdir(), f"codessm-{broadcast(os.urandom(8).hex())}.tokens")
     first = world_size() == 1 or os.environ.get("LOCAL_RANK", "0") == "0"
     if first and TokenStore.open(path, key) is None:
         size = 0.8 * dataset.bytes * len(wanted) / dataset.count  # at 2.5 bytes of text a token, which takes 2 bytes
         free = shutil.disk_usage(os.path.dirname(os.path.abspath(path))).free
         if size > free:
-            raise Problem(f"no room for {path}: the tokens of this corpus take about {human_bytes(size)}, and "
-                          f"{human_bytes(free)} are free", 1)
+            raise Problem(f"no room for {path}: it takes about {human_bytes(size)}, {human_bytes(free)} are free", 1)
         try:
             with atomic(path) as file:
                 write(file)
         except OSError as error:
             raise Problem(f"could not write {path}: {error.strerror}", 1) from None
-    all_gather(None)  # until it is there
+    all_gather(None)  # wait until it is there
     store = TokenStore.open(path, key)
     if store is None:
         raise Problem("the files of this host are not those of rank 0: every host needs the same")
-    all_gather(None)
-    if first and not given:
+    all_gather(None)  # wait until every rank has opened it
+    if first and temporary:
         os.remove(path)
     return number_windows(dataset, store)
 
 
 def number_windows(dataset: Dataset, store: TokenStore) -> TokenStore:
-    """Make the splits of files of words splits of the windows in the store; raises `Problem` where one has none."""
+    """Replace the files of words in the splits by their windows in the store; raises `Problem` if there are none."""
     for name, split in dataset.splits.items() if dataset.windows else ():
-        dataset.splits[name] = split.of_windows(store.files)
-        if not len(dataset.splits[name].examples):
+        windows = np.flatnonzero(np.isin(store.files, split.examples))
+        if not len(windows):
             raise Problem(f"the {name} split has no labelled token")
+        dataset.splits[name] = Split(windows[:, None], names=store.files[windows].tolist())
     return store
 
 
-WINDOW, CHOSEN, KIND, WHICH = range(4)  # what a draw is for
+WINDOW, CHOSEN, KIND, WHICH = range(4)  # the purposes of draws
 IGNORE = -100  # a label that is not predicted
 
 
@@ -1038,15 +952,15 @@ def static_lengths(ctx: int) -> np.ndarray:
 
 
 class Batch(NamedTuple):
-    """Rows padded on the right to one static length a side; rows of length 0 only fill up a batch.
+    """Rows padded on the right to one static length a side. Rows of length 0 only fill up a batch.
 
-    `places` are positions in the flattened ids of what is to be predicted, `targets` what is right there.
+    `places` are positions in the flattened ids of what is to be predicted, `targets` the right answers.
     """
     ids: np.ndarray      # (B, L) int32
     lengths: np.ndarray  # (B,) int32
     items: np.ndarray    # (B, k) int64
     epoch: int = 0
-    ids2: np.ndarray | None = None      # of the second side, where there is one
+    ids2: np.ndarray | None = None      # the second side, where there is one
     lengths2: np.ndarray | None = None
     labels: np.ndarray | None = None    # (B,) int64, IGNORE in rows that only fill up
     places: np.ndarray | None = None    # (M,) int64
@@ -1075,21 +989,21 @@ class Batches:
         store, tokenizer, ctx: where the ids are; samples have at most ctx of them.
         examples: (n, k) items. labels: (n,), of those that have them.
         batch: examples a batch, over all ranks.
-        seed: of the order; None, as for an evaluation, is by length.
-    `len()` is the number of batches an epoch, of which the last is filled up with empty rows. Within a pool of `POOL`
-    batches of the shuffled epoch, those with samples of like length are batched together. Of W ranks, rank r gets the
-    rows r, r + W, ... of each batch, so all see the same batches.
+        seed: of the order; with None, as in an evaluation, batches are ordered by length.
+    `len()` is the number of batches an epoch; the last one is filled up with empty rows. Within a pool of `POOL`
+    batches of the shuffled epoch, samples of like length are batched together. Of W ranks, rank r gets the rows
+    r, r + W, ... of each batch, so any number of ranks sees the same batches.
     """
     POOL = 50
 
     def __init__(self, store: TokenStore, tokenizer: Tokenizer, ctx: int, examples: np.ndarray, batch: int,
                  seed: int | None = None, labels: np.ndarray | None = None):
         self.store, self.tokenizer, self.ctx, self.batch, self.seed = store, tokenizer, ctx, batch, seed
-        if labels is not None and examples.shape[1] > 1:  # a pair has no order, and its longer side first pads less
+        if labels is not None and examples.shape[1] > 1:  # a pair has no order; its longer side first pads less
             examples = np.take_along_axis(examples, (-store.lengths(examples, ctx)).argsort(1), 1)
         self.examples, self.labels = examples, labels
         self.static = static_lengths(ctx)
-        self.ordered = None, None  # the epoch whose order this is
+        self.ordered = None, None  # (epoch, its order)
 
     def __len__(self) -> int:
         return -(-len(self.examples) // self.batch)
@@ -1099,7 +1013,7 @@ class Batches:
         return (self[i] for i in range(len(self)))
 
     def order(self, epoch: int) -> np.ndarray:
-        """(batches, batch): which examples make up each batch of an epoch, -1 filling up the last."""
+        """(batches, batch): the examples of each batch of an epoch; -1 fills up the last batch."""
         if self.ordered[0] == epoch:
             return self.ordered[1]
         n = len(self.examples)
@@ -1107,9 +1021,9 @@ class Batches:
         lengths = self.store.lengths(self.examples[order], self.ctx)
         pool = np.arange(n) // (n if self.seed is None else self.POOL * self.batch)
         by_length = np.lexsort((-lengths.max(1), pool))
-        if lengths.shape[1] > 1:  # of five batches whose longer sides are alike, those with like shorter ones
+        if lengths.shape[1] > 1:  # sort each run of five batches (five divide a pool) by the shorter side
             run = np.empty(n, int)
-            run[by_length] = np.arange(n) // (5 * self.batch)  # five divide a pool
+            run[by_length] = np.arange(n) // (5 * self.batch)
             by_length = np.lexsort((-lengths.max(1), -lengths.min(1), run))
         order = np.append(order[by_length], np.full(-n % self.batch, -1)).reshape(-1, self.batch)
         if self.seed is not None:
@@ -1138,7 +1052,7 @@ class Batches:
                      int(lengths.sum()))
 
     def pad(self, items: np.ndarray, longest: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """ids (B, L) and lengths (B,), both int32, of the samples of the items, of which -1 has none."""
+        """ids (B, L) and lengths (B,), both int32, of the samples of the items; item -1 is an empty row."""
         L = self.static[np.searchsorted(self.static, longest)]
         ids, lengths = np.full((len(items), L), self.tokenizer.pad, np.int32), np.zeros(len(items), np.int32)
         places = draw(self.seed, epoch, items, 0, WINDOW) if epoch else np.zeros(len(items))
@@ -1155,7 +1069,7 @@ class Batches:
             return None, None
         found = [self.store.tags[self.store.tag_starts[w]:self.store.tag_starts[w + 1]] + [row * L, 0]
                  for row, w in enumerate(windows.tolist()) if w >= 0]
-        return tuple(np.concatenate([np.empty((0, 2), np.int64), *found]).astype(np.int64).T)
+        return tuple(np.concatenate([np.empty((0, 2), np.int64), *found]).T)
 
 
 # ---- benchmarks -------------------------------------------------------------------------------------
@@ -1165,18 +1079,18 @@ class Task(NamedTuple):
     kind: str                      # mlm, retrieval, classify, tag or pair
     ctx: int                       # tokens a sample
     epochs: int
-    metric: str                    # by which the best evaluation is chosen
-    text: tuple[str, ...] = ()     # the names that a field may have, the first that is there wins
+    metric: str                    # chooses the best evaluation
+    text: tuple[str, ...] = ()     # the names that a field may have; the first that is there wins
     code: tuple[str, ...] = CODE_FIELDS
     label: str = "label"
-    labels: tuple[str, ...] = ()   # all there are, where the task fixes them
+    labels: tuple[str, ...] = ()   # all of them, where the task fixes them
     files: str = "train.jsonl, valid.jsonl and test.jsonl, or one file, split 80/10/10"
     line: str = ""                 # what a line looks like
     published: str = ""            # where
     docstrings: bool = False       # code may hold its own description, which is cut out
     all_candidates: bool = False   # the candidates are those of all splits
     splits: tuple[str, ...] = SPLITS  # that training reads
-    evaluations: int = 0           # of a run; 0, one an epoch
+    evaluations: int = 0           # of a run; 0 means one an epoch
 
 
 ADVTEST = Task(
@@ -1223,18 +1137,18 @@ TASKS = {
     "pair": Task("pair", 512, 3, "f1", labels=("0", "1"), line='{"code1": "...", "code2": "...", "label": 0}'),
     "mlm": Task("mlm", 256, 1, "loss", splits=SPLITS[:2], evaluations=10),
 }
-UNK = "UNK"  # row 0 of a vocabulary of tags; predicted, it is always wrong
+UNK = "UNK"  # row 0 of a vocabulary of tags; a prediction of it is always wrong
 
 
 class Example(NamedTuple):
-    """What a line of JSONL holds: two texts, two codes, one code, or a list of words; and its labels."""
+    """A line of a benchmark: two texts, two codes, one code, or a list of words; and its label or labels."""
     texts: tuple[str, ...] | list[str]
     label: str | list[str | None] | None
     record: dict
 
 
 def parse_example(task: Task, line: bytes, labelled: bool = True) -> Example:
-    """An example of a task; unless `labelled`, its label is None and each word's UNK. Raises `BadLine`."""
+    """An example of a task; unless `labelled`, its label is None and each word's is UNK. Raises `BadLine`."""
     record = parse_json(line)
     if task.kind == "tag":
         words = field(record, ["tokens"], as_words)
@@ -1244,26 +1158,42 @@ def parse_example(task: Task, line: bytes, labelled: bool = True) -> Example:
         if not words:
             raise BadLine("the list of tokens is empty")
         labels = [field({"labels": label}, ["labels"], as_label, required=False) for label in labels]
-        if labelled and not task.published and UNK in labels:  # one's own tags
+        if labelled and not task.published and UNK in labels:  # a user's own tags
             raise BadLine(f'the label "{UNK}" stands for what is not known: give it another name')
         return Example(words, labels, record)
     sides = {"retrieval": [task.text, task.code], "pair": [("code1", "func1"), ("code2", "func2")],
              "classify": [task.code]}[task.kind]
     texts = [field(record, names, as_text) for names in sides]
     if task.docstrings and not any(isinstance(record.get(name), list) for name in task.code):
-        # ranked as it is, the query would lie inside the answer
-        texts[1] = separate_docstring(*texts)[1]
-    check_not_empty(texts)
-    label = field(record, [task.label], as_label) if labelled and task.kind != "retrieval" else None
-    if label is not None and task.labels and label not in task.labels:
-        raise BadLine(f'the label "{label[:80]}" is none of those of the task, which are {listed(task.labels, 12)}')
-    return Example(tuple(texts), label, record)
+        texts[1] = separate_docstring(*texts)[1]  # otherwise the query would be part of the answer
+    label = read_label(task, record) if labelled and task.kind != "retrieval" else None
+    return Example(not_empty(texts), label, record)
 
 
-def check_not_empty(texts: Iterable[str]) -> None:
-    """Raise `BadLine` where one of an example's texts is blank."""
+def parse_named(task: Task, fields: tuple[str, ...], key: str, line: bytes) -> Example:
+    """The text of a line in `fields`, joined by line ends, if it has a name in the field `key`; raises `BadLine`."""
+    record = parse_json(line)
+    found = [field(record, [name], required=False) for name in fields]
+    if found == [None] * len(fields):
+        field(record, fields)
+    texts = not_empty(["\n".join(part for part in found if part and part.strip())])
+    field(record, [key], as_label)
+    return Example(texts, read_label(task, record) if task.kind == "classify" else record.get("score"), record)
+
+
+def not_empty(texts: list[str]) -> tuple[str, ...]:
+    """The texts of an example; raises `BadLine` if one is blank."""
     if not all(text.strip() for text in texts):
         raise BadLine("the text or code is empty")
+    return tuple(texts)
+
+
+def read_label(task: Task, record: dict) -> str:
+    """The label of a record, which must be one of those that the task fixes; raises `BadLine`."""
+    label = field(record, [task.label], as_label)
+    if task.labels and label not in task.labels:
+        raise BadLine(f'the label "{label[:80]}" is none of those of the task, which are {listed(task.labels, 12)}')
+    return label
 
 
 def digest(string: str) -> int:
@@ -1278,7 +1208,7 @@ def seeded_split(key: str) -> str:
 
 
 class ArraySource(Source):
-    """A file that is one JSON array of objects, as its elements: a line each, with its place as `idx`."""
+    """A file that is one JSON array of objects, read as one line an object, with its position as `idx`."""
 
     def lines(self, longest: int = MAX_LINE) -> Iterator[tuple[int, bytes | BadLine, int]]:
         try:
@@ -1292,44 +1222,33 @@ class ArraySource(Source):
 
 
 class CSVSource(Source):
-    """A table of StackSample (latin-1, bodies in HTML) as JSON lines: the questions, or the best answer to each.
+    """A table of StackSample (latin-1, bodies in HTML), read as JSON lines. An answer's _id is its question's.
 
-    An answer goes by the _id of its question. Of equally scored ones the first is taken, blank ones are left out.
+    Blank answers are left out.
     """
 
     def lines(self, longest: int = MAX_LINE) -> Iterator[tuple[int, bytes | BadLine, int]]:
-        if os.path.basename(self.path) == "Questions.csv":
-            for number, row in self.rows(longest, "Id", "Title", "Body"):
-                yield number, row if isinstance(row, BadLine) else json.dumps(
-                    {"_id": row[0], "title": row[1], "text": plain_text(row[2])}).encode(), 0
-            return
-        best: dict[str, tuple[int, int]] = {}  # question -> (score, line) of its best answer
-        for number, row in self.rows(longest, "ParentId", "Score", "Body"):
-            if not isinstance(row, BadLine) and not re.fullmatch(r"-?\d{1,9}", row[1]):
-                row = BadLine(f'the score "{row[1][:80]}" is no number')
-            if isinstance(row, BadLine):
-                yield number, row, 0
-            elif int(row[1]) > best.get(row[0], (-math.inf, 0))[0] and plain_text(row[2]):
-                best[row[0]] = int(row[1]), number
-        for number, row in self.rows(longest, "ParentId", "Score", "Body"):
-            if not isinstance(row, BadLine) and best.get(row[0], (0, 0))[1] == number:
-                yield number, json.dumps({"_id": row[0], "text": plain_text(row[2])}).encode(), 0
-
-    def rows(self, longest: int, *columns: str) -> Iterator[tuple[int, list[str] | BadLine]]:
-        """(line number, those columns) of each row, or what is wrong with it; raises `Problem`."""
+        answers = os.path.basename(self.path) == "Answers.csv"
+        columns = ("ParentId", "Score", "Body") if answers else ("Id", "Title", "Body")
         csv.field_size_limit(longest)
         with open(self.path, encoding="latin-1", newline="") as file:
             rows = csv.reader(iter(partial(file.readline, longest + 1), ""), strict=True)
             try:
-                header = next(rows, [])
-                header[:1] = [column.removeprefix("\xef\xbb\xbf") for column in header[:1]]  # a byte order mark
-                missing = next((column for column in columns if column not in header), None)
+                header = [column.removeprefix("\xef\xbb\xbf") for column in next(rows, [])]  # a byte order mark
+                missing = [column for column in columns if column not in header]
                 if missing:
-                    raise Problem(f"{self.name}:1: no column {missing}; the columns are {listed(header, 12) or 'none'}")
-                for row in filter(None, rows):
-                    yield rows.line_num, [row[header.index(column)] for column in columns] \
-                        if len(row) == len(header) else \
-                        BadLine(f"{len(row)} columns, where the header has {len(header)}")
+                    raise Problem(f"{self.name}:1: no column {missing[0]}; there are {listed(header, 12) or 'none'}")
+                for values in filter(None, rows):
+                    row = dict(zip(header, values))
+                    text = plain_text(row.get("Body", ""))
+                    if len(values) != len(header):
+                        yield rows.line_num, BadLine(f"{len(values)} columns, the header has {len(header)}"), 0
+                    elif answers and not re.fullmatch(r"-?\d{1,9}", row["Score"]):
+                        yield rows.line_num, BadLine(f'the score "{row["Score"][:80]}" is no number'), 0
+                    elif text or not answers:
+                        record = {"_id": row[columns[0]], "title": row.get("Title"), "text": text,
+                                  "score": int(row["Score"]) if answers else None}
+                        yield rows.line_num, json.dumps(record).encode(), 0
             except csv.Error as error:
                 raise Problem(f"{self.name}:{rows.line_num}: {error}") from None
 
@@ -1340,6 +1259,29 @@ def plain_text(html_text: str) -> str:
     return html.unescape(re.sub(r"</?[A-Za-z][^<>]*>|<!--.*?-->", "", text, flags=re.DOTALL)).strip()
 
 
+class Tables(NamedTuple):
+    """A published format: tables of named texts, and a file a split whose lines refer to the texts by their names."""
+    files: tuple[str, ...]
+    fields: tuple[str, ...]  # of a table: their strings, joined by line ends, are a text
+    key: str        # the field with the name of a text
+    split: str      # the file of a split
+    line: str       # the pattern of its lines: a name for each table (or two for one), then a label or a score
+    malformed: str  # the error of another line, which has {} words
+    unknown: str    # the error of a line with a name ({1}) that is not in a table ({0})
+
+
+TABLES = {
+    "clone": [Tables(("data.jsonl",), ("func",), "idx", "{}.txt", r"(\S+)\s+(\S+)\s+(\S+)",
+                     "{} fields, where idx1, idx2 and label are expected", "no function in {} has the idx {}")],
+    "devign": [Tables(("function.json",), ("func",), "idx", "{}.txt", r"(.*)()", "",
+                      '"{1}" is the position of no function in {0}')],
+    "sqa": [Tables(("queries.jsonl", "corpus.jsonl"), ("title", "text"), "_id", "qrels/{}.tsv",
+                   r"([^\t]+)\t([^\t]+)\t(-?\d+(?:\.\d+)?|score)", "not query-id, tab, corpus-id, tab, score",
+                   "no text in {} has the _id {}"),
+            Tables(("Questions.csv", "Answers.csv"), ("title", "text"), "_id", "", "", "", "")]}
+SPLIT_FILE = re.compile(r"(train(?=\d*\.)|valid(?=\.)|test(?=\.))")
+
+
 class Benchmark(Dataset):
     """The files of a benchmark as published. An item is a distinct text, or of tagging a file of words.
 
@@ -1347,37 +1289,30 @@ class Benchmark(Dataset):
         name, path: the task; a folder with its files, or its one file.
         wanted: the splits to read; `required` are those that must be there.
         labels: of the model, where there is one; else they are the task's or those of the training split.
-        names: keep what the examples call themselves.
-        limit, skip_bad, longest: as for `Records`.
+        names: keep what the examples call themselves. reading: `limit`, `skip_bad` and `longest` of `Records`.
     `sources` are the files read. `notes` says what a reader should know. Raises `Problem`.
+
+    Texts are numbered in the order in which they are read. The item of a text is the number of the first equal one.
     """
 
     def __init__(self, name: str, path: str, wanted: Iterable[str] = SPLITS, required: Iterable[str] = SPLITS[:2],
-                 labels: list[str] | None = None, limit: int | None = None, skip_bad: bool = False,
-                 longest: int = MAX_LINE, names: bool = False):
-        self.name, self.path, self.task = name, Path(path), TASKS[name]
-        self.limit, self.reading = limit, dict(skip_bad=skip_bad, longest=longest)
+                 labels: list[str] | None = None, names: bool = False, **reading):
+        self.name, self.path, self.task, self.reading = name, Path(path), TASKS[name], reading
         self.wanted, self.required, self.keep_names = list(wanted), list(required), names
-        self.labels, self.windows, self.notes = list(labels or self.task.labels), self.task.kind == "tag", []
-        self.sources: list[Source] = []
-        self.splits = {}
+        self.labels, self.windows = list(labels or self.task.labels), self.task.kind == "tag"
+        self.notes, self.sources, self.splits = [], [], {}
         if not self.path.exists():
             raise self.expected(f"{path}: no such file or folder")
-        has = {f for f in os.listdir(path) if (self.path / f).is_file()} if self.path.is_dir() else set()
-        if name == "clone":
-            self.read_tables([self.open("data.jsonl")], ("func",), "idx", self.clone_rows)
-        elif name == "devign" and "function.json" in has:
-            self.read_tables([ArraySource(*self.open("function.json"))], ("func",), "idx", self.devign_rows)
-        elif name == "sqa" and {"corpus.jsonl", "queries.jsonl"} & has:
-            self.read_tables([self.open("queries.jsonl"), self.open("corpus.jsonl")], ("title", "text"), "_id",
-                             self.beir_rows)
-        elif name == "sqa" and {"Questions.csv", "Answers.csv"} & has:
-            self.read_tables([CSVSource(*self.open(f"{table}.csv")) for table in ("Questions", "Answers")],
-                             ("title", "text"), "_id", self.stacksample_rows)
+        forms = TABLES.get(name, [])
+        if any(self.path.name in form.files for form in forms) and self.path.is_file():
+            self.path = self.path.parent
+        form = next((form for form in forms if any((self.path / file).is_file() for file in form.files)), None)
+        if form:
+            self.read_tables(form)
         else:
-            self.read_examples(self.find_files(has))
+            self.read_examples()
         for split in self.required:
-            if not len(self.splits.get(split, Split(np.empty(0))).examples):
+            if split not in self.splits:
                 raise self.no_split(split)
 
     def expected(self, what: str) -> Problem:
@@ -1393,15 +1328,11 @@ class Benchmark(Dataset):
         return self.expected(f"{self.path}: there is no {split} split{other}")
 
     def open(self, file: str) -> Source:
-        """A file of the benchmark, which is noted among the sources."""
-        path = self.path / file if self.path.is_dir() else self.path
-        if not path.exists() or file != path.name and self.path.is_file():
-            raise self.expected(f"{path}: no such file" if not path.exists() else f"{path} is a file, not a folder")
-        if not path.is_file():
-            raise Problem(f"{path} is no plain file: a benchmark is read more than once")
-        source = open_source(str(path))
-        self.sources += [source] if source not in self.sources else []
-        return source
+        """A file of the benchmark's folder, which joins the sources."""
+        if not (self.path / file).is_file():
+            raise self.expected(f"{self.path / file}: no such file")
+        self.sources.append(open_source(str(self.path / file)))
+        return self.sources[-1]
 
     def texts(self) -> Iterator[object]:
         for _, example in self.records:
@@ -1410,8 +1341,8 @@ class Benchmark(Dataset):
             else:
                 yield from example.texts
 
-    def strings(self, text: object) -> list[str]:
-        return [" ".join(text[0])] if self.windows else [text]
+    def strings(self, text: object) -> tuple[str, str]:
+        return "", " ".join(text[0]) if self.windows else text
 
     def description(self) -> str:
         parts = [f"{len(split.examples):,} {name}" for name, split in self.splits.items()]
@@ -1419,242 +1350,204 @@ class Benchmark(Dataset):
                   if split.candidates is not None and name != "train"]
         return "; ".join([", ".join(parts), *self.notes])
 
+    def number_items(self, digests: array.array) -> None:
+        """Find the item of each text by the texts' digests."""
+        self.bad, self.count = self.records.bad, len(digests)
+        if not self.count:
+            raise self.records.none_found()
+        _, first, inverse = np.unique(np.frombuffer(digests, np.uint64), return_index=True, return_inverse=True)
+        self.item_of = first[inverse]
+        if len(first) < self.count:
+            self.notes.append(f"{self.count - len(first):,} texts that are equal to another are one with it")
+
+    def add_split(self, split: str, texts: np.ndarray, labels: list, names: list, candidates: dict[int, object]) -> None:
+        """A split of examples of (n, k) texts, by their numbers. `candidates` are the texts that are ranked -> names.
+
+        What is right for a query is right for every query with an equal text.
+        """
+        examples = self.item_of[texts]
+        if self.task.kind != "retrieval":
+            index = {label: number for number, label in enumerate(self.labels)}
+            labels = None if self.windows else np.array([index[label] for label in labels])
+            self.splits[split] = Split(examples, labels, names)
+            return
+        query_names = dict(zip(texts[:, 0].tolist(), names))
+        queries, examples = self.item_of[list(query_names)], np.unique(examples, axis=0)
+        ranked, first = np.unique(self.item_of[list(candidates)], return_index=True)
+        answers: dict[int, list[int]] = {}
+        for query, place in zip(examples[:, 0].tolist(), np.searchsorted(ranked, examples[:, 1]).tolist()):
+            answers.setdefault(query, []).append(place)
+        right = [(i, place) for i, query in enumerate(queries.tolist()) for place in answers[query]]
+        candidate_names = list(candidates.values())
+        self.splits[split] = Split(examples, queries=queries, query_names=list(query_names.values()), candidates=ranked,
+                                   candidate_names=[candidate_names[i] for i in first], right=np.array(right))
+
     # -- JSONL, an example a line
 
-    def find_files(self, has: set[str]) -> list[tuple[str | None, Source]]:
-        """(split, file) of each file that is read; the split is None of one that holds all of them."""
-        if not self.path.is_dir():
-            return [(None, self.open(self.path.name))]
-        has = {file for file in has if visible(file)}
-        ending = r"\.jsonl(\.gz|\.bz2|\.xz)?"
-        found = {split: sorted(f for f in has if re.fullmatch(split + r"\d*" * (split == "train") + ending, f))
-                 for split in SPLITS}
-        if not any(found.values()):
-            one = sorted(f for f in has if JSON_LINES.fullmatch(f) and not is_log(str(self.path / f)))
-            if len(one) != 1:
-                raise self.expected(f"{self.path}: no train.jsonl there"
-                                    + (f", and more than one other file: {listed(one)}" if one else ""))
-            return [(None, self.open(one[0]))]
-        for split in self.required:
-            if not found[split]:
+    def find_files(self) -> list[tuple[str | None, Source]]:
+        """(split, file) of each file to read; the split is None if the file is to be split."""
+        paths = [self.path]
+        if self.path.is_dir():
+            paths = sorted(path for path in self.path.iterdir()
+                           if JSON_LINES.fullmatch(path.name) and visible(path.name) and not is_log(path))
+        sources = [source for path in paths for source in find_sources([path])]
+        found = [(split, source) for split in SPLITS for source in sources
+                 if (match := SPLIT_FILE.match(os.path.basename(source.name))) and match[1] == split]
+        if len(sources) == 1 and (not found or self.path.is_file()):
+            found = [(None, sources[0])]
+        elif not found:
+            raise self.expected(f"{self.path}: no train.jsonl there" + (", and more than one other file: " + listed(
+                path.name for path in paths) if paths else ""))
+        for split in self.required if found[0][0] else ():
+            if split not in dict(found):
                 raise self.no_split(split)
-        return [(split, self.open(file)) for split, files in found.items() for file in files
-                if split in self.wanted or self.task.all_candidates]
+        found = [(split, source) for split, source in found
+                 if split in (None, *self.wanted) or self.task.all_candidates]
+        self.sources += [source for _, source in found]
+        return found
 
-    def read_examples(self, files: list[tuple[str | None, Source]]) -> None:
-        """The splits of files that have an example a line."""
-        kind, given = self.task.kind, bool(self.labels)
-        self.read_vocabulary()
-        self.records = Records([source for _, source in files], partial(parse_example, self.task), self.limit,
-                               **self.reading)
-        known, tags, labels, records = set(self.labels), Counter(), [], []
-        digests, splits = array.array("Q"), bytearray()
-        for place, example in self.records:
-            split = SPLITS.index(files[place][0] or seeded_split(self.stays_together(example)))
-            if kind == "tag" and split == 0 and not self.labels:
-                tags.update(label for label in example.label if label is not None)
-            if kind in ("classify", "pair"):
-                # the training split comes first, and has all the labels there are
-                if files[place][0] in SPLITS[1:] and not known:
-                    known.update(labels)
-                if known and example.label not in known:
-                    self.records.reject(BadLine(f'the label "{example.label[:80]}" is none of those trained on, which '
-                                                f"are {listed(sorted(known), 12)}"))
-                    split = len(SPLITS)
-            labels.append(None if kind == "tag" else example.label)
-            records.append(example.record if self.keep_names and split < len(SPLITS) else None)
-            digests.extend([len(splits)] if kind == "tag" else map(digest, example.texts))
+    def read_examples(self) -> None:
+        """The splits of files with an example a line."""
+        kind, files = self.task.kind, self.find_files()
+        self.records = Records([source for _, source in files], partial(parse_example, self.task), **self.reading)
+        digests, splits, labels, records = array.array("Q"), [], [], []
+        counts: Counter[str] = Counter()  # of the labels in the training split, where the task does not fix them
+        for file, example in self.records:
+            together = {"pair": sorted(example.texts), "retrieval": example.texts[1:]}.get(kind, example.texts)
+            split = files[file][0] or seeded_split("\0".join(together))
+            if kind == "tag":
+                counts.update(label for label in example.label if label is not None and split == "train")
+            elif kind == "classify" and not self.labels and files[file][0] in (None, "train"):
+                counts[example.label] += 1
+            elif kind == "classify" and example.label not in (self.labels or counts):
+                self.records.reject(BadLine(f'the label "{example.label[:80]}" is none of those trained on, which are '
+                                            f"{listed(sorted(self.labels or counts), 12)}"))
+                split = None
             splits.append(split)
+            labels.append(example.label if kind != "tag" else None)
+            records.append(example.record if self.keep_names else {})
+            digests.extend(map(digest, example.texts) if kind != "tag" else [len(digests)])
             self.bytes += sum(map(len, example.texts))
-        self.bad = self.records.bad
-        n = len(splits)
-        if not n:
-            raise self.records.none_found()
-        where = listed(source.name for source in self.records.sources)
-        if kind == "tag" and not self.labels:
-            self.labels = [UNK] + ["any"] * (self.name == "typeinf")
-            self.labels += [label for label, _ in tags.most_common(50_000) if label not in self.labels]
-            if len(tags) < 2:
-                raise Problem(f"{where}: the training split has the label {listed(tags) or 'null'} alone: there is "
-                              "nothing to tell apart")
-        elif kind == "classify" and not given:
-            self.labels = sorted(set(labels), key=lambda x: (int(x) if x.isdecimal() and len(x) < 20 else math.inf, x))
-            if len(self.labels) < 2:
-                raise Problem(f"{where}: all examples have the same label, {labels[0]}: there is nothing to tell apart")
-        items = self.items_of(digests).reshape(n, -1)
+        self.number_items(digests)
+        if kind in ("tag", "classify") and not self.labels:
+            self.labels = self.find_labels(counts)
+
+        def name_of(row: int, *fields: str) -> object:
+            """The first of the fields in a record, else the record's number."""
+            return next((records[row][name] for name in fields if name in records[row]), row)
+
+        texts = np.arange(self.count).reshape(len(splits), -1)
         for split in self.wanted:
-            rows = np.flatnonzero(np.frombuffer(splits, np.uint8) == SPLITS.index(split)).tolist()
-            if rows and kind == "retrieval":
-                ranked = range(n) if self.task.all_candidates else rows
-                self.add_retrieval(split, items[rows], [(row, name_of(records[row], i, "url", "idx", "_id"))
-                                                        for i, row in enumerate(rows)],
-                                   {items[row, 1]: name_of(records[row], i, "idx", "_id")
-                                    for i, row in reversed([*enumerate(ranked)])})
-            elif rows:
-                self.add_split(split, items[rows], [labels[row] for row in rows],
-                               [name_of(records[row], i, "idx") for i, row in enumerate(rows)])
+            rows = [row for row, own in enumerate(splits) if own == split]
+            if rows:
+                names = [name_of(row, *["url"] * (kind == "retrieval"), "idx", "_id") for row in rows]
+                candidates = {texts[row, -1]: name_of(row, "idx", "_id")
+                              for row in (range(len(splits)) if self.task.all_candidates else rows)}
+                self.add_split(split, texts[rows], [labels[row] for row in rows], names, candidates)
 
-    def stays_together(self, example: Example) -> str:
-        """The code of an example, whose copies must be in the same split; of a pair both, in no order."""
-        return "\0".join(sorted(example.texts) if self.task.kind == "pair" else
-                         example.texts[self.task.kind == "retrieval":])
-
-    def items_of(self, digests: array.array) -> np.ndarray:
-        """The item of each text by the digests of the texts: the number of the first that is equal."""
-        self.count = len(digests)
-        _, first, inverse = np.unique(np.frombuffer(digests, np.uint64), return_index=True, return_inverse=True)
-        if len(first) < len(inverse):
-            self.notes.append(f"{len(inverse) - len(first):,} texts that are equal to another are one with it")
-        return first[inverse]
-
-    def add_split(self, split: str, examples: np.ndarray, labels: list[str], names: list) -> None:
-        index = {label: number for number, label in enumerate(self.labels)}
-        self.splits[split] = Split(examples, None if self.windows else np.array([index[label] for label in labels]),
-                                   names)
-
-    def add_retrieval(self, split: str, examples: np.ndarray, queries: list[tuple],
-                      candidates: dict[int, object]) -> None:
-        """A split of (text, code) items: `queries` are (key, name) of the query of each example, where those with the
-        same key are one; `candidates` are the names of the items that are ranked.
-
-        What is right for a text is so for every query with an equal text.
-        """
-        right: dict[int, set[int]] = {}
-        for text, code in examples.tolist():
-            right.setdefault(text, set()).add(code)
-        texts = {query: text for query, text in zip(queries, examples[:, 0].tolist())}
-        ranked = sorted(candidates)
-        place = {item: i for i, item in enumerate(ranked)}
-        self.splits[split] = Split(
-            np.unique(examples, axis=0), queries=np.array([*texts.values()]), query_names=[name for _, name in texts],
-            candidates=np.array(ranked), candidate_names=[candidates[item] for item in ranked],
-            right=np.array([(i, place[code]) for i, text in enumerate(texts.values()) for code in sorted(right[text])]))
-
-    def read_vocabulary(self) -> None:
-        """The tags of vocab_50000.txt, a line each, where it lies beside the files."""
+    def find_labels(self, counts: Counter[str]) -> list[str]:
+        """The labels of tags and classes that the training split has so many times, or those of vocab_50000.txt."""
         path = self.path / "vocab_50000.txt"
-        if self.name != "typeinf" or self.labels or not path.is_file():
-            return
-        source = self.open(path.name)
-        self.labels = [line.split("\t")[0].strip("\r") for line in read_text(path).rstrip("\n").split("\n")]
-        if len(self.labels) < 2 or self.labels[0] != UNK:
-            raise Problem(f"{source.name}:1: the first line of a vocabulary of types is {UNK}, the second the type "
-                          "that says nothing (any)")
-        twice = [label for label, count in Counter(self.labels).items() if count > 1]
-        if twice:
-            raise Problem(f"{source.name}: {listed(map(repr, twice))} is there more than once")
+        if self.name == "typeinf" and path.is_file():
+            self.open(path.name)
+            labels = [line.split("\t")[0].strip("\r") for line in read_text(path).rstrip("\n").split("\n")]
+            twice = [label for label, count in Counter(labels).items() if count > 1]
+            if labels[0] != UNK:
+                raise Problem(f"{path}:1: the first line of a vocabulary of types is {UNK}, the second any")
+            if twice:
+                raise Problem(f"{path}: {listed(map(repr, twice))} is there more than once")
+            return labels
+        if len(counts) < 2:
+            where, label = listed(source.name for source in self.records.sources), listed(counts) or "null"
+            what = f"the training split has the label {label} alone" if self.windows else \
+                f"all examples have the same label, {label}"
+            raise Problem(f"{where}: {what}: there is nothing to tell apart")
+        if not self.windows:  # numbers come in their order, before names
+            return sorted(counts, key=lambda x: (int(x) if x.isdecimal() and len(x) < 20 else math.inf, x))
+        first = [UNK] + ["any"] * (self.name == "typeinf")
+        return first + [label for label, _ in counts.most_common(50_000) if label not in first]
 
     # -- tables of named texts, and lines that refer to them by their names
 
-    def read_tables(self, tables: list[Source], fields: tuple[str, ...], key: str,
-                    relation: Callable[[str, list[dict[str, int]], list], list[tuple]]) -> None:
-        """The splits of tables that have a text in `fields` and its name in the field `key`.
-
-        `relation(split, keys, labels)` gives (texts, label, name) of each example, the texts being numbers: those of
-        the names in a table are keys[table][name], the label beside a text is labels[number].
-        """
-        self.records = Records(tables, partial(parse_named, self.task, fields, key), **self.reading)
-        keys: list[dict[str, int]] = [{} for _ in tables]
-        digests, labels = array.array("Q"), []
-        for place, (texts, label, record) in self.records:
-            name = as_label(record[key])
-            if name in keys[place]:
-                self.records.reject(BadLine(f"the {key} {name[:80]} is there already"))
-            keys[place].setdefault(name, len(digests))
+    def read_tables(self, form: Tables) -> None:
+        """The splits of tables, and of files whose lines refer to their texts."""
+        kinds = {".json": ArraySource, ".csv": CSVSource}
+        sources = [kinds.get(Path(file).suffix, Source)(*self.open(file)) for file in form.files]
+        reading = self.reading | {"limit": None}
+        self.records = Records(sources, partial(parse_named, self.task, form.fields, form.key), **reading)
+        tables: list[dict[str, int]] = [{} for _ in sources]  # of each, name -> number of the text
+        digests, labels, names = array.array("Q"), [], []
+        for table, (texts, label, record) in self.records:
+            name = as_label(record[form.key])
+            if name not in tables[table] or not form.split and table == 1 and label > labels[tables[table][name]]:
+                tables[table][name] = len(digests)  # of StackSample's answers the best
+            elif form.split or table == 0:
+                self.records.reject(BadLine(f"the {form.key} {name[:80]} is there already"))
             labels.append(label)
+            names.append(record[form.key])
             digests.append(digest(texts[0]))
             self.bytes += len(texts[0])
-        self.bad = self.records.bad
-        if not len(digests):
-            raise self.records.none_found()
-        items = self.items_of(digests)
-        for split in self.wanted:
-            rows = relation(split, keys, labels)
-            if not rows:
-                continue
-            numbers, labels_, names = zip(*rows)
-            if self.task.kind == "retrieval":
-                self.add_retrieval(split, items[np.array(numbers)], [(name, name) for name in names],
-                                   {items[number]: name for name, number in reversed(keys[1].items())})
-            else:
-                self.add_split(split, items[np.array(numbers)], labels_, names)
+        self.number_items(digests)
+        candidates = {number: names[number] for number in tables[-1].values()}
+        for split, rows in self.find_rows(form, tables, labels, names).items():
+            if rows:
+                texts, own_labels = zip(*rows)
+                own_names = [tuple(names[text] for text in row) if self.task.kind == "pair" else names[row[0]]
+                             for row in texts]
+                self.add_split(split, np.array(texts), own_labels, own_names, candidates)
 
-    def rows(self, file: str, parse: Callable[[str], tuple | None]) -> list[tuple]:
-        """What `parse` makes of the lines of a text file, if there is one; it raises `BadLine`."""
-        if not (self.path / file).exists():
-            return []
-        known = len(self.sources)
-        records = Records([self.open(file)], lambda line: parse(line.decode("utf-8-sig", "replace").strip()),
-                          self.limit, **self.reading)
-        found = [row for _, row in records]
-        self.bad += records.bad if len(self.sources) > known else 0  # a file may be read for two splits
-        return found
-
-    def devign_rows(self, split: str, keys: list[dict[str, int]], labels: list) -> list[tuple]:
-        """Devign: a line is a position in the array of functions."""
-        def parse(line: str) -> tuple:
-            if line not in keys[0]:
-                raise BadLine(f'"{line[:80]}" is the position of no function in function.json')
-            return [keys[0][line]], labels[keys[0][line]], int(line)
-
-        return self.rows(f"{split}.txt", parse)
-
-    def clone_rows(self, split: str, keys: list[dict[str, int]], _labels: list) -> list[tuple]:
-        """BigCloneBench: a line is idx1, idx2, label."""
-        def parse(line: str) -> tuple:
-            *names, label = line.split()
-            if len(names) != 2:
-                raise BadLine(f"{len(line.split())} fields, where idx1, idx2 and label are expected")
-            for name in names:
-                if name not in keys[0]:
-                    raise BadLine(f"no function in data.jsonl has the idx {name[:80]}")
-            if label not in self.task.labels:
-                raise BadLine(f'the label "{label[:80]}" is neither 0 nor 1')
-            return [keys[0][name] for name in names], label, tuple(names)
-
-        return self.rows(f"{split}.txt", parse)
-
-    def beir_rows(self, split: str, keys: list[dict[str, int]], _labels: list) -> list[tuple]:
-        """BEIR: a line is query-id, corpus-id, score, tabs between them; without a validation split a tenth of the
-        training queries is one, by a hash."""
-        def parse(line: str) -> tuple | None:
-            names = line.split("\t")
-            if names[-1] == "score":
-                return None  # the header
-            try:
-                score = float(names[2]) if len(names) == 3 else math.nan
-            except ValueError:
-                score = math.nan
-            if math.isnan(score):
-                raise BadLine("not query-id, tab, corpus-id, tab, score")
-            for name, table, file in zip(names, keys, ("queries.jsonl", "corpus.jsonl")):
+    def find_rows(self, form: Tables, tables: list[dict[str, int]], labels: list, names: list) -> dict[str, list]:
+        """split -> (texts, label) of each example. `tables` are names -> texts, the others belong to the texts."""
+        def parse(line: bytes) -> tuple[list[int], str | None] | None:
+            string = line.decode("utf-8-sig", "replace").strip()
+            match = re.fullmatch(form.line, string)
+            if not match:
+                raise BadLine(form.malformed.format(len(string.split())))
+            *own, last = match.groups()
+            if self.task.kind == "retrieval" and last == "score":  # the header
+                return None
+            for name, table, file in zip(own, tables * 2, form.files * 2):
                 if name not in table:
-                    raise BadLine(f"no text in {file} has the _id {name[:80]}")
-            return ([keys[0][names[0]], keys[1][names[1]]], None, names[0]) if score > 0 else None
+                    raise BadLine(form.unknown.format(file, name[:80]))
+            texts = [table[name] for name, table in zip(own, tables * 2)]
+            if self.task.kind == "retrieval":
+                return (texts, None) if float(last) > 0 else None
+            return texts, labels[texts[0]] if self.task.kind == "classify" else read_label(self.task, {"label": last})
 
-        published = next((name for name in ("valid", "dev") if (self.path / f"qrels/{name}.tsv").exists()), None)
-        if split == "test" or published:
-            return self.rows(f"qrels/{published if split == 'valid' else split}.tsv", parse)
-        if split == "valid":
+        def read(name: str) -> list[tuple]:
+            if not (self.path / form.split.format(name)).is_file():
+                return []
+            records = Records([self.open(form.split.format(name))], parse, **self.reading)
+            rows = [row for _, row in records]
+            self.bad += records.bad
+            return rows
+
+        def hashed(row: tuple) -> str:
+            return seeded_split(str(names[row[0][0]]))
+
+        if not form.split:  # StackSample: each question with its best answer, split by a hash of the question's Id
+            rows = [([text, tables[1][name]], None) for name, text in tables[0].items() if name in tables[1]]
+            return {split: [row for row in rows if hashed(row) == split][:self.reading.get("limit")]
+                    for split in self.wanted}
+        valid = "dev" if (self.path / form.split.format("dev")).is_file() else "valid"
+        if self.name != "sqa" or (self.path / form.split.format(valid)).is_file():
+            return {split: read(valid if split == "valid" else split) for split in self.wanted}
+        train = read("train") if self.wanted != ["test"] else []
+        if "valid" in self.wanted:
             self.notes.append("the validation split is a tenth of the training queries, by a hash")
-        return [row for row in self.rows("qrels/train.tsv", parse)
-                if (seeded_split(row[2]) == "valid") == (split == "valid")]
-
-    def stacksample_rows(self, split: str, keys: list[dict[str, int]], _labels: list) -> list[tuple]:
-        """StackSample: each question with its best-scored answer, split by a hash of the question's Id."""
-        return [([number, keys[1][name]], None, name) for name, number in keys[0].items()
-                if name in keys[1] and seeded_split(name) == split]
+        return {split: [row for row in train if (hashed(row) == "valid") == (split == "valid")] if split != "test" else
+                read("test") for split in self.wanted}
 
     # -- tagging
 
     def sequences(self, tokenizer: Tokenizer, ctx: int, wanted: np.ndarray, whole: bool) -> Iterator[Sequence]:
-        """Of files of words windows, cut between words; each labelled word is in exactly one.
+        """Functions from their beginning; of files of words windows, cut between words.
 
         A word is encoded with a space before it, and cut if it fills a window. Its label stands at its first sub-token.
         Windows without a labelled word are left out.
         """
         if not self.windows:
-            yield from super().sequences(tokenizer, ctx, wanted, whole)
+            yield from super().sequences(tokenizer, ctx, wanted, whole=False)
             return
         index, room, cache = {label: number for number, label in enumerate(self.labels)}, ctx - 2, {}
         for number, (words, labels) in zip(map(int, wanted), self.select(wanted)):
@@ -1663,36 +1556,15 @@ class Benchmark(Dataset):
             new = list({word for word in words if word not in cache})
             for word, ids in zip(new, tokenizer.encode_many([f" {word}" for word in new])):
                 cache[word] = ids[:room] or [tokenizer.mask]
-            ids, tags = [tokenizer.start], []
-            for word, label in zip([*words, None], [*labels, None]):
-                if word is None or len(ids) - 1 + len(cache[word]) > room:
-                    if tags:
-                        yield Sequence(number, ids, tags=tags)
-                    ids, tags = [tokenizer.start], []
-                if word is not None:
-                    if label is not None:
-                        tags.append((len(ids), index.get(label, 0)))
-                    ids += cache[word]
-
-
-def parse_named(task: Task, fields: tuple[str, ...], key: str, line: bytes) -> Example:
-    """What a line holds in `fields`, joined by line ends, if it has a name in the field `key`; raises `BadLine`."""
-    record = parse_json(line)
-    found = [field(record, [name], required=False) for name in fields]
-    if found == [None] * len(fields):
-        field(record, fields)
-    text = "\n".join(part for part in found if part and part.strip())
-    check_not_empty([text])
-    field(record, [key], as_label)
-    label = field(record, [task.label], as_label) if task.kind == "classify" else None
-    if label is not None and label not in task.labels:
-        raise BadLine(f'the label "{label[:80]}" is none of those of the task, which are {listed(task.labels, 12)}')
-    return Example((text,), label, record)
-
-
-def name_of(record: dict | None, number: int, *fields: str) -> object:
-    """What a record calls itself: the first of the fields, else its number."""
-    return next((record[name] for name in fields if name in record), number) if record else number
+            windows = [([tokenizer.start], [])]  # (ids, tags)
+            for word, label in zip(words, labels):
+                if len(windows[-1][0]) - 1 + len(cache[word]) > room:
+                    windows.append(([tokenizer.start], []))
+                ids, tags = windows[-1]
+                if label is not None:
+                    tags.append((len(ids), index.get(label, 0)))
+                ids += cache[word]
+            yield from (Sequence(number, ids, tags=tags) for ids, tags in windows if tags)
 
 
 class Unlabelled(Benchmark):
@@ -1752,17 +1624,15 @@ def examples_to_predict(paths: Iterable[str], name: str,
 
 # ---- source trees -----------------------------------------------------------------------------------
 
-LANGUAGES = {
-    ".c": "c", ".h": "c", ".cc": "cpp", ".cpp": "cpp", ".cxx": "cpp", ".hpp": "cpp", ".hh": "cpp",
-    ".cs": "csharp", ".cu": "cuda", ".dart": "dart", ".ex": "elixir", ".exs": "elixir", ".erl": "erlang",
-    ".f90": "fortran", ".go": "go", ".hs": "haskell", ".java": "java", ".jl": "julia", ".js": "javascript",
-    ".jsx": "javascript", ".mjs": "javascript", ".kt": "kotlin", ".lua": "lua", ".m": "objective-c",
-    ".ml": "ocaml", ".php": "php", ".pl": "perl", ".pm": "perl", ".py": "python", ".pyw": "python", ".r": "r",
-    ".rb": "ruby", ".rs": "rust", ".scala": "scala", ".sh": "shell", ".sql": "sql", ".swift": "swift",
-    ".ts": "typescript", ".tsx": "typescript", ".zig": "zig",
-}
+LANGUAGES = {f".{ending}": language for language, endings in {
+    "c": "c h", "cpp": "cc cpp cxx hpp hh", "csharp": "cs", "cuda": "cu", "dart": "dart", "elixir": "ex exs",
+    "erlang": "erl", "fortran": "f90", "go": "go", "haskell": "hs", "java": "java", "javascript": "js jsx mjs",
+    "julia": "jl", "kotlin": "kt", "lua": "lua", "objective-c": "m", "ocaml": "ml", "perl": "pl pm", "php": "php",
+    "python": "py pyw", "r": "r", "ruby": "rb", "rust": "rs", "scala": "scala", "shell": "sh", "sql": "sql",
+    "swift": "swift", "typescript": "ts tsx", "zig": "zig"}.items() for ending in endings.split()}
 INSTALLED = {"__pycache__", "node_modules", "site-packages", "dist-packages"}
-LARGEST_SOURCE = 1 << 20  # bytes; above it a file is generated or minified
+LARGEST_SOURCE = 1 << 20  # characters; larger files are generated or minified
+FUNCTION = ast.FunctionDef, ast.AsyncFunctionDef
 # what Python's parser and tokenizer raise at source that is wrong or nested too deeply
 UNPARSABLE = SyntaxError, ValueError, RecursionError, MemoryError, IndexError, tokenize.TokenError
 
@@ -1786,9 +1656,9 @@ def source_files(paths: Iterable[str]) -> Iterator[tuple[str, str]]:
 
 
 def read_sources(paths: Iterable[str], languages: Iterable[str] = ()) -> Iterator[tuple[str, str, str]]:
-    """(source, language, path in the tree) of each source file under `paths`; says what was left out.
+    """(source, language, path in the tree) of each source file under `paths`; prints what was left out.
 
-    Only of the given languages, where some are given. Raises `Problem` where there is nothing.
+    With `languages`, only files of these. Raises `Problem` if there are none.
     """
     paths = list(paths)
     for path in paths:
@@ -1802,98 +1672,88 @@ def read_sources(paths: Iterable[str], languages: Iterable[str] = ()) -> Iterato
     skipped: Counter[str] = Counter()
     for path, relative, language in progress(files, desc="reading sources", unit=" files"):
         try:
-            source = read_source(path, language)
-        except (OSError, BadLine) as error:
-            skipped[getattr(error, "strerror", None) or str(error)] += 1
-            continue
-        yield source, language, well_formed(relative)
+            with tokenize.open(path) if language == "python" else open(path, encoding="utf-8-sig") as file:
+                source = file.read(LARGEST_SOURCE + 1)
+        except OSError as error:
+            skipped[error.strerror] += 1
+        except (SyntaxError, UnicodeError, LookupError):
+            skipped["not text in UTF-8 or its declared encoding"] += 1
+        else:
+            if len(source) <= LARGEST_SOURCE:
+                yield source, language, well_formed(relative)
+            else:
+                skipped[f"over {human_bytes(LARGEST_SOURCE)}"] += 1
     info(f"{len(files):,} source files"
          + "".join(f"; {count:,} left out: {reason}" for reason, count in sorted(skipped.items())))
-
-
-def read_source(path: str, language: str) -> str:
-    """The text of a source file, in the encoding that a Python file declares, otherwise UTF-8; raises `BadLine`."""
-    if os.path.getsize(path) > LARGEST_SOURCE:
-        raise BadLine(f"over {human_bytes(LARGEST_SOURCE)}")
-    try:
-        with tokenize.open(path) if language == "python" else open(path, encoding="utf-8-sig") as file:
-            return file.read()
-    except (SyntaxError, UnicodeError, LookupError):
-        raise BadLine("not text in UTF-8 or its declared encoding") from None
 
 
 def build_corpus(paths: Iterable[str], out: BinaryIO) -> None:
     """Write the code under `paths` as JSONL: a record a Python function, a record a file otherwise.
 
-    A record has `code`, `docstring` where there is one (it is then not in the code), `language`, `path`
-    and, for a function, `name` and `line`. Code seen before is dropped. What was left out is said.
+    A record has `code`, `docstring` if there is one (it is then not in the code), `language`, `path` and, for a
+    function, `name` and `line`. Exact duplicates are dropped. Prints what was left out.
     """
-    seen: set[bytes] = set()
-    records = duplicates = 0
+    seen, duplicates = set(), 0
     for source, language, path in read_sources(paths):
         for record in cut_source(source, language):
             record = {name: well_formed(v) if isinstance(v, str) else v for name, v in record.items()}
-            if not is_new(seen, record["code"]):
+            if is_new(seen, record["code"]):
+                line = json.dumps(record | {"language": language, "path": path}, ensure_ascii=False)
+                out.write(line.encode() + b"\n")
+            else:
                 duplicates += 1
-                continue
-            line = json.dumps(record | {"language": language, "path": path}, ensure_ascii=False)
-            out.write(line.encode() + b"\n")
-            records += 1
-    info(f"{records:,} records; {duplicates:,} exact duplicates dropped")
-    if not records:
+    info(f"{len(seen):,} records; {duplicates:,} exact duplicates dropped")
+    if not seen:
         raise Problem(f"{', '.join(paths)}: the source files hold no code to take")
 
 
-def is_new(seen: set[bytes], text: str) -> bool:
-    """Whether a text is not among those seen, to which it is added."""
-    key = blake2b(text.encode(), digest_size=16).digest()
-    return key not in seen and not seen.add(key)
+def is_new(seen: set[int], text: str) -> bool:
+    """True if the text's digest is not among those seen, to which it is added."""
+    before = len(seen)
+    seen.add(digest(text))
+    return len(seen) > before
 
 
 def cut_source(source: str, language: str) -> list[dict]:
     """The records of one file: its functions if it is Python that parses, else the whole of it."""
     if language == "python":
-        try:
-            return list(python_functions(source, parse_python(source)))
-        except UNPARSABLE:
-            pass
+        with suppress(*UNPARSABLE):
+            return list(python_functions(source))
     return [{"code": source}] if source.strip() else []
 
 
 def parse_python(source: str) -> ast.Module:
-    """The tree of a source, without a word on the escapes that it spells wrongly; raises SyntaxError and others."""
+    """The tree of a source, without warnings about its escapes; raises SyntaxError and others."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return ast.parse(source)
 
 
 class Positions:
-    """The places in a source that its tree speaks of."""
+    """Converts the positions of tree nodes and tokens to indices in the source."""
 
     def __init__(self, source: str):
-        self.rows = re.findall(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+", source)  # what ends a line for ast
+        self.rows = io.StringIO(source, newline="").readlines()  # ends lines where ast does
         self.starts = np.cumsum([0, *map(len, self.rows)]).tolist()
 
-    def place(self, line: int, column: int) -> int:
-        """The index in the source of a line from 1 and a column in bytes of UTF-8."""
-        return self.starts[line - 1] + len(self.rows[line - 1].encode()[:column].decode())
-
     def span(self, node: ast.AST) -> tuple[int, int]:
-        return self.place(node.lineno, node.col_offset), self.place(node.end_lineno, node.end_col_offset)
+        """(begin, end) of a node; ast counts columns in bytes of UTF-8."""
+        return tuple(self.starts[line - 1] + len(self.rows[line - 1].encode()[:column].decode()) for line, column in (
+            (node.lineno, node.col_offset), (node.end_lineno, node.end_col_offset)))
 
 
-def python_functions(source: str, tree: ast.Module) -> Iterator[dict]:
+def python_functions(source: str) -> Iterator[dict]:
     """Each function and method, decorators included, with its docstring apart and its indent taken off.
 
     A function inside a function stays part of that one. A body that was only a docstring becomes `pass`.
     """
-    positions, waiting = Positions(source), [(node, False) for node in reversed(tree.body)]
+    positions, waiting = Positions(source), [(parse_python(source), False)]
     while waiting:
         node, method = waiting.pop()
-        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            parts = (getattr(node, name, []) for name in ("body", "orelse", "finalbody", "handlers", "cases"))
+        if not isinstance(node, FUNCTION):
+            blocks = (getattr(node, name, []) for name in ("body", "handlers", "orelse", "finalbody", "cases"))
             waiting += [(child, method or isinstance(node, ast.ClassDef))
-                        for child in reversed([*itertools.chain(*parts)])]
+                        for child in reversed([*itertools.chain(*blocks)])]
             continue
         first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
         while node.decorator_list and not positions.rows[first - 1].lstrip(" \t\f").startswith("@"):
@@ -1903,27 +1763,24 @@ def python_functions(source: str, tree: ast.Module) -> Iterator[dict]:
         code, docstring = source[begin:end], ast.get_docstring(node)
         if docstring is not None:
             a, b = positions.span(node.body[0])
-            code = cut_literal(code, a - begin, b - begin, len(node.body) == 1)
+            code = cut_literal(code, a - begin, b - begin)
             if docstring.strip():
                 record["docstring"] = docstring.strip()
-        row = positions.rows[first - 1]
-        indent = row[:len(row) - len(row.lstrip(" \t\f"))]
-        if indent:
-            code = re.sub(f"^{indent}", "", code, flags=re.MULTILINE)
-        yield {"code": code} | record
+        indent = re.match(r"[ \t\f]*", code)[0]
+        yield {"code": re.sub(f"^{indent}", "", code, flags=re.MULTILINE)} | record
 
 
 def file_records(path: str, kind: str) -> Iterator[dict]:
-    """A record to predict for of each source file under `path`; says how many are empty, and so have none."""
+    """A record to predict for of each source file under `path`; says how many files are empty and have none."""
     empty = 0
     for source, _language, relative in read_sources([path], ["python"] if kind == "tag" else ()):
         name = os.path.join(path, relative) if os.path.isdir(path) else path
         try:
-            record = {"tokens": typed_tokens(source, always=True)[0]} if kind == "tag" else {"code": source.strip()}
+            record = {"tokens": typed_tokens(source, always=True)[0]} if kind == "tag" else {"code": source}
         except UNPARSABLE as error:
             raise Problem(f"{name}: not Python that parses ({error or type(error).__name__})") from None
-        if any(record.values()):
-            yield {"path": name} | record | ({} if kind == "tag" else {"code": source})
+        if "".join(*record.values()).strip():
+            yield {"path": name} | record
         else:
             empty += 1
     if empty:
@@ -1932,72 +1789,59 @@ def file_records(path: str, kind: str) -> Iterator[dict]:
 
 # ---- generated benchmarks ---------------------------------------------------------------------------
 
-FUNCTION = ast.FunctionDef, ast.AsyncFunctionDef
 NAME_FIELD = {ast.Name: "id", ast.arg: "arg", ast.alias: "asname", ast.FunctionDef: "name",
               ast.AsyncFunctionDef: "name", ast.ClassDef: "name", ast.ExceptHandler: "name", ast.MatchAs: "name",
               ast.MatchStar: "name", ast.MatchMapping: "rest", ast.Nonlocal: "names"}  # what may be a variable
 
 
-def scopes(table: symtable.SymbolTable) -> Iterator[symtable.SymbolTable]:
-    """The symbol tables of the scopes inside one."""
-    for child in table.get_children():
-        yield child
-        yield from scopes(child)
-
-
 def obfuscate(code: str, method: bool = False) -> str | None:
-    """A function with the names that it binds replaced by func, arg0, ..., var0, ..., the layout kept.
+    """A function with the names that it binds replaced by func, arg0, ..., var0, ..., its layout unchanged.
 
-    These are its own, its parameters', locals' and nested functions', where they stand for variables; attributes,
-    callees' keywords, globals, strings, and what an import without `as` binds stay. In a `method` its own name, used
-    as a variable, is a global's. None where a name is a variable in one scope and none in another, or where the result
-    would not parse to the same tree up to these names.
+    Replaced are its own name and those of its parameters, locals and nested functions, where they stand for variables.
+    Attributes, keywords of calls, globals, strings and the names that an import without `as` binds stay. In a `method`
+    its own name, used as a variable, is a global and stays. The result is None if a name is a variable in one scope and
+    something else in another, or if the new code would not parse to the same tree up to these names.
     """
-    tree, positions = parse_python(code), Positions(code)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # as `parse_python` does
-        table = symtable.symtable(code, "code", "exec")
+        warnings.simplefilter("ignore")
+        tree, table = ast.parse(code), symtable.symtable(code, "code", "exec")
     own, nodes = tree.body[0], [node for node in ast.walk(tree) if hasattr(node, "lineno")]
-    itself = own.name
     imported = {node.name.split(".")[0] for node in nodes if isinstance(node, ast.alias) and not node.asname}
     imported.add("__class__")  # which the compiler binds in methods that mention it
-    variables, fixed = set(), {symbol.get_name() for symbol in table.get_symbols()} - {itself} | imported
-    calls_itself = table.lookup(itself).is_referenced()
-    for scope in scopes(table):
+    roles: dict[str, str] = {}  # of the variables
+    fixed = {symbol.get_name() for symbol in table.get_symbols()} - {own.name} | imported
+    calls_itself = table.lookup(own.name).is_referenced()
+    scopes = table.get_children()
+    for scope in scopes:
+        scopes += scope.get_children()
         for symbol in scope.get_symbols():
-            bound = scope.get_type() != "class" and symbol.is_local() or symbol.is_free()
-            if symbol.is_parameter() or bound and symbol.get_name() not in imported:
-                variables.add(symbol.get_name())
-            elif symbol.get_name() == itself and symbol.is_global() and not symbol.is_declared_global():
+            name, bound = symbol.get_name(), scope.get_type() != "class" and symbol.is_local() or symbol.is_free()
+            if symbol.is_parameter():
+                roles[name] = "arg"
+            elif bound and name not in imported:
+                function = any(inner.get_type() == "function" for inner in symbol.get_namespaces())
+                roles.setdefault(name, "func" if function else "var")
+            elif name == own.name and symbol.is_global() and not symbol.is_declared_global():
                 calls_itself = True
             else:
-                fixed.add(symbol.get_name())
-    clash = variables & fixed or itself in fixed or calls_itself and itself in variables
+                fixed.add(name)
+    clash = roles.keys() & fixed or own.name in fixed or calls_itself and own.name in roles
     if clash or any(getattr(node, "type_params", None) for node in nodes):
         return None
 
-    def spelled(node: ast.AST) -> list[str]:
-        name = getattr(node, NAME_FIELD.get(type(node), ""), None) or []
-        return [name] if isinstance(name, str) else name
+    def fresh_names(role: str) -> Iterator[str]:
+        return (name for i in itertools.count() if (name := f"{role}{i}") not in fixed)
 
-    roles: dict[str, str] = {}  # in the order in which the names come
-    for node in sorted(nodes, key=lambda node: (node.lineno, node.col_offset)):
-        role = "func" if isinstance(node, FUNCTION) else "arg" if isinstance(node, ast.arg) else "var"
-        for name in variables.intersection(spelled(node)) if node is not own else ():
-            roles[name] = role if roles.get(name, "var") == "var" else roles[name]
-    numbers = {role: map(str, itertools.count()) for role in ("func", "arg", "var")}
-    numbers["func"] = itertools.chain([""], numbers["func"])
-
-    def fresh(role: str) -> str:
-        return next(name for number in numbers[role] if (name := role + number) not in fixed)
-
-    own_name = fresh("func")
-    new = {name: fresh(role) for name, role in roles.items()}
+    fresh = {role: fresh_names(role) for role in ("func", "arg", "var")}
+    itself, own_name = own.name, next(fresh["func"]) if "func" in fixed else "func"
+    new = {name: next(fresh[role]) for name, role in roles.items()}
     decorators = {id(node) for decorator in own.decorator_list for node in ast.walk(decorator)}
-    edits = set()
+    positions, edits = Positions(code), set()
     for node in nodes:
-        for name in spelled(node):
-            recursive = name == itself and name not in variables and (not method or id(node) in decorators)
+        field_name = NAME_FIELD.get(type(node), "")
+        value = getattr(node, field_name, None) or []
+        for name in [value] if isinstance(value, str) else value:
+            recursive = name == itself and name not in roles and (not method or id(node) in decorators)
             after = own_name if node is own or recursive else new.get(name)
             if after is None or isinstance(node, FUNCTION + (ast.ClassDef,)) and name in fixed:
                 continue
@@ -2005,9 +1849,8 @@ def obfuscate(code: str, method: bool = False) -> str | None:
             if not code.startswith(name, start):
                 return None
             edits.add((start, name, after))
-            value = getattr(node, NAME_FIELD[type(node)])
-            setattr(node, NAME_FIELD[type(node)],
-                    after if isinstance(value, str) else [after if v == name else v for v in value])
+            setattr(node, field_name, after if isinstance(value, str) else
+                    [after if v == name else v for v in getattr(node, field_name)])
     for start, name, after in sorted(edits, reverse=True):
         code = code[:start] + after + code[start + len(name):]
     try:
@@ -2017,76 +1860,63 @@ def obfuscate(code: str, method: bool = False) -> str | None:
 
 
 def locate_name(node: ast.AST, name: str, code: str, positions: Positions) -> int:
-    """Where in the code a node spells a name, -1 where that is not found."""
+    """The index at which the code spells the name of a node, -1 if it is not found."""
     begin, end = positions.span(node)
     if isinstance(node, (ast.Name, ast.arg)):
         return begin
-    if isinstance(node, (ast.alias, ast.MatchAs, ast.MatchStar)):
-        return end - len(name)
-    keyword = r"(?:async\s+def|def|class)\s+"
+    if isinstance(node, (ast.alias, ast.MatchAs, ast.MatchStar, ast.MatchMapping)):
+        return code.rfind(name, begin, end)  # import x as name; case x as name, *name, {**name}
     if isinstance(node, ast.ExceptHandler):
-        begin, keyword = positions.span(node.type)[1], r"[\s)]*as\s+"
-    elif isinstance(node, ast.Nonlocal):
-        keyword = rf"nonlocal\b.*?\b(?={name}\b)"
-    elif isinstance(node, ast.MatchMapping):
-        keyword = rf".*\*\*\s*(?={name}\b)"
-    found = re.compile(keyword, re.DOTALL).match(code, begin)
-    return found.end() if found else -1
+        begin = positions.span(node.type)[1]
+    found = re.compile(rf"\b{name}\b").search(code, begin, end)  # def name, class name, nonlocal name, except x as name
+    return found.start() if found else -1
 
 
 def typed_tokens(source: str, always: bool = False) -> tuple[list[str], list[str | None], list[tuple[int, int]]]:
-    """The tokens of Python source without its annotations, for each the type that it was annotated with, and where in
-    them its functions begin and end (those inside another left out).
+    """The tokens of Python source without annotations, the annotated type of each, and where functions begin and end.
 
-    The annotation of a parameter or a variable labels its name (of an attribute its last token), a return
-    annotation the name of the function. Comments and layout are left out; of a file without annotations everything,
-    unless `always`. Raises SyntaxError where it does not parse.
+    The annotation of a parameter or a variable labels its name (of an attribute its last token), a return annotation
+    labels the name of the function. Comments and layout are left out, and so are functions inside functions from the
+    spans. A file without annotations gives nothing, unless `always`. Raises SyntaxError if it does not parse.
     """
-    tree = parse_python(source)
+    tree, positions = parse_python(source), Positions(source)
     typed = [node for node in ast.walk(tree) if getattr(node, "annotation", None) or getattr(node, "returns", None)]
     if not typed and not always:
         return [], [], []
     layout = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
-    tokens = [token for token in tokenize.generate_tokens(io.StringIO(source).readline)
+    tokens = [token for token in tokenize.generate_tokens(iter(positions.rows).__next__)
               if token.type not in layout and token.string]
-    rows = io.StringIO(source).readlines()
-    starts = [token.start for token in tokens]
+    starts = [positions.starts[token.start[0] - 1] + token.start[1] for token in tokens]
     labels: list[str | None] = [None] * len(tokens)
-    gone = np.zeros(len(tokens), bool)
+    annotation_tokens: set[int] = set()
 
-    def at(line: int, column: int) -> int:
-        """The number of the first token at or after an ast position."""
-        return bisect.bisect_left(starts, (line, len(rows[line - 1].encode()[:column].decode())))
+    def token_span(node: ast.AST) -> tuple[int, int]:
+        """The numbers of a node's first token and of the token after its last."""
+        return tuple(np.searchsorted(starts, positions.span(node)).tolist())
 
-    def take(annotation: ast.expr, opening: str, labelled: int | None) -> None:
-        """Remove the tokens from the `opening` one to the annotation's last; it labels token number `labelled`."""
-        first = at(annotation.lineno, annotation.col_offset)
-        last = at(annotation.end_lineno, annotation.end_col_offset)
+    for node in typed:
+        annotation, opening = getattr(node, "annotation", None), ":"
+        labelled = token_span(node)[0]
+        if isinstance(node, ast.AnnAssign):
+            named = isinstance(node.target, (ast.Name, ast.Attribute))
+            labelled = token_span(node.target)[1] - 1 if named else None
+        elif isinstance(node, FUNCTION):
+            annotation, opening = node.returns, "->"
+            labelled += 1 + isinstance(node, ast.AsyncFunctionDef)
+        first, last = token_span(annotation)
         while tokens[first].string != opening:  # parentheses around it
             first -= 1
         depth = sum((token.string == "(") - (token.string == ")") for token in tokens[first:last])
-        gone[first:last + depth] = True
+        annotation_tokens.update(range(first, last + depth))
         if labelled is not None:
-            labels[labelled] = ast.unparse(annotation)
-
-    for node in typed:
-        if isinstance(node, ast.arg):
-            take(node.annotation, ":", at(node.lineno, node.col_offset))
-        elif isinstance(node, ast.AnnAssign):
-            target = node.target
-            named = isinstance(target, (ast.Name, ast.Attribute))
-            take(node.annotation, ":", at(target.end_lineno, target.end_col_offset) - 1 if named else None)
-        else:
-            take(node.returns, "->", at(node.lineno, node.col_offset) + 1 + isinstance(node, ast.AsyncFunctionDef))
-    kept = np.flatnonzero(~gone)
-    outermost: list[tuple[int, int]] = []
-    for begin, end in sorted((at(node.lineno, node.col_offset), at(node.end_lineno, node.end_col_offset))
-                             for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))):
-        if not outermost or begin >= outermost[-1][1]:
-            outermost.append((begin, end))
-    functions = [tuple(np.searchsorted(kept, span).tolist()) for span in outermost]
-    return ([well_formed(tokens[i].string) for i in kept], [labels[i] and well_formed(labels[i]) for i in kept],
-            functions)
+            labels[labelled] = well_formed(ast.unparse(annotation))
+    left = [i for i in range(len(tokens)) if i not in annotation_tokens]
+    functions: list[tuple[int, int]] = []
+    for begin, end in sorted(token_span(node) for node in ast.walk(tree) if isinstance(node, FUNCTION)):
+        begin, end = np.searchsorted(left, (begin, end)).tolist()
+        if not functions or begin >= functions[-1][1]:
+            functions.append((begin, end))
+    return [well_formed(tokens[i].string) for i in left], [labels[i] for i in left], functions
 
 
 MADE = ("advtest", "typeinf")  # the tasks that can be made of source trees
@@ -2096,10 +1926,10 @@ def build_benchmark(task: str, paths: Iterable[str], folder: str) -> None:
     """Make `advtest` or `typeinf` of the Python files under `paths`: {train,valid,test}.jsonl in `folder`.
 
     advtest: the first paragraph of a docstring, and the function without it, chosen as CodeSearchNet does (at least
-    three words and three lines, no test, no special method); in valid and test the function is obfuscated.
-    typeinf: the tokens of a file and the types of some, from its annotations; and vocab_50000.txt of the training
-    split's types. Files are split 80/10/10 by a hash of their path. Text seen before is dropped, of advtest also what
-    differs in the names alone; out of files are cut the functions that another split has. Raises `Problem`.
+    three words and three lines, no test, no special method). In valid and test the function is obfuscated.
+    typeinf: the tokens of a file and the types of some, from its annotations; and vocab_50000.txt, the types of the
+    training split. Files are split 80/10/10 by a hash of their path. Duplicates are dropped, in advtest also those that
+    differ in names alone; functions that another split has are cut out of files. Raises `Problem`.
     """
     if not folder or os.path.exists(folder) and not os.path.isdir(folder):
         raise Problem(f"{folder or 'an empty name'} is no folder: give -o the name of one")
@@ -2107,30 +1937,28 @@ def build_benchmark(task: str, paths: Iterable[str], folder: str) -> None:
         if re.fullmatch(r"(train\d*|valid|test)\.jsonl(\.gz)?|vocab_50000\.txt", file):
             raise Problem(f"{os.path.join(folder, file)} exists: remove it, or give another -o")
     paths, seen = list(paths), set()
-    files: list[tuple[str, list[dict]]] = []
+    files: list[tuple[str, list[tuple]]] = []
     for source, _language, path in read_sources(paths, ["python"]):
-        records = [record for record in benchmark_records(task, source, path)
-                   if is_new(seen, record.get("hidden") or record.get("code") or "\0".join(record["tokens"]))]
+        records = [record for record in benchmark_records(task, source, path) if is_new(seen, record[0])]
         if records:
             files.append((path, records))
+    what, rows_are, reason = ("functions with docstrings", "functions", "whose names cannot be replaced") \
+        if task == "advtest" else ("annotations", "files", "with types in no function of their own")
     if len(files) < 3:
-        what = "functions with docstrings" if task == "advtest" else "annotations"
         raise Problem(f"{', '.join(paths)}: only {len(files)} files with {what}: three splits need more")
     files.sort(key=lambda file: digest(file[0]))
     tenth = max(1, len(files) // 10)
-    parts = {"test": files[:tenth], "valid": files[tenth:2 * tenth], "train": files[2 * tenth:]}
+    parts = {"train": files[2 * tenth:], "valid": files[tenth:2 * tenth], "test": files[:tenth]}
     os.makedirs(folder, exist_ok=True)
-    home: dict[int, str] = {}  # of the text of a function, the split that has it
-    for split in SPLITS:
-        found = [record for _, records in parts[split] for record in records]
-        rows = [row for record in found if (row := finish_record(record, split, home))]
+    split_of: dict[int, str] = {}  # the text of a function -> the first split that has it
+    for split, part in parts.items():
+        found = [finish_record(split, split_of, *record[1:]) for _, records in part for record in records]
+        rows = [row for row in found if row]
         with atomic(os.path.join(folder, f"{split}.jsonl")) as out:
             for number, row in enumerate(rows):
                 row = row | {"idx": number} if task == "advtest" else row
                 out.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-        reason = "whose names cannot be replaced" if task == "advtest" else "with types in no function of their own"
-        info(f"{folder}/{split}.jsonl: {len(rows):,} {'functions' if task == 'advtest' else 'files'} from "
-             f"{len(parts[split]):,} source files"
+        info(f"{folder}/{split}.jsonl: {len(rows):,} {rows_are} from {len(part):,} source files"
              + (f"; {len(found) - len(rows):,} left out, {reason}" if len(rows) < len(found) else ""))
         if split == "train" and task == "typeinf":
             types = Counter(label for row in rows for label in row["labels"] if label is not None)
@@ -2140,35 +1968,36 @@ def build_benchmark(task: str, paths: Iterable[str], folder: str) -> None:
             info(f"{len(types):,} types, {types.total():,} labels in train")
 
 
-def finish_record(record: dict, split: str, home: dict[int, str]) -> dict | None:
+def finish_record(split: str, split_of: dict[int, str], record: dict, extra: str | list | None) -> dict | None:
     """The record as its split has it: obfuscated, or without the functions that another split has; None if empty."""
-    if "hidden" in record:
-        hidden = record.pop("hidden")
-        return record if split == "train" else record | {"code": hidden} if hidden else None
+    if "code" in record:
+        code = record["code"] if split == "train" else extra
+        return record | {"code": code} if code else None
     tokens, labels = record["tokens"], record["labels"]
-    for begin, end in reversed(record.pop("functions")):
-        if home.setdefault(digest("\0".join(tokens[begin:end])), split) != split:
+    for begin, end in reversed(extra):
+        if split_of.setdefault(digest("\0".join(tokens[begin:end])), split) != split:
             del tokens[begin:end], labels[begin:end]
     return record if any(labels) else None
 
 
-def benchmark_records(task: str, source: str, path: str) -> Iterator[dict]:
-    """What one Python file gives to a benchmark; nothing if it does not parse."""
-    try:
+def benchmark_records(task: str, source: str, path: str) -> Iterator[tuple[str, dict, str | list | None]]:
+    """What one Python file gives to a benchmark, nothing if it does not parse: (what duplicates share, record, extra).
+
+    The extra is the obfuscated code, or where functions begin and end in the tokens.
+    """
+    with suppress(*UNPARSABLE):
         if task == "typeinf":
             tokens, labels, functions = typed_tokens(source)
             if any(labels):
-                yield {"tokens": tokens, "labels": labels, "path": path, "functions": functions}
+                yield "\0".join(tokens), {"tokens": tokens, "labels": labels, "path": path}, functions
             return
-        for function in list(python_functions(source, parse_python(source))):
-            name, code = function["name"], function["code"]
+        for function in list(python_functions(source)):
+            name, code = function["name"], well_formed(function["code"])
             text = " ".join(re.split(r"\n\s*\n", function.get("docstring", ""))[0].split())
             special = name.startswith("__") and name.endswith("__")
             if len(text.split()) < 3 or len(code.strip().splitlines()) < 3 or special or "test" in name.lower():
                 continue
-            with suppress(*UNPARSABLE):
-                parse_python(code)  # a string over several lines may have lost its indent, and more
-                yield {"docstring": well_formed(text), "code": well_formed(code), "url": f"{path}#L{function['line']}",
-                       "hidden": obfuscate(well_formed(code), function.get("method", False))}
-    except UNPARSABLE:
-        return
+            with suppress(*UNPARSABLE):  # a string over several lines may have lost its indent, and more
+                hidden = obfuscate(code, function.get("method", False))
+                yield hidden or code, {"docstring": well_formed(text), "code": code,
+                                       "url": f"{path}#L{function['line']}"}, hidden

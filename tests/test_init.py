@@ -191,10 +191,10 @@ def test_runs_of_different_models_see_the_same(small, quick, monkeypatch):
     seen, logs, prepare = {}, {}, tasks.MLM.prepare
 
     def record(objective, batch):
-        tensors, count = prepare(objective, batch)
+        tensors = prepare(objective, batch)
         seen.setdefault(objective.encoder.config["model"], []).append(
             {"training": torch.tensor(objective.training)} | tensors)
-        return tensors, count
+        return tensors
 
     monkeypatch.setattr(tasks.MLM, "prepare", record)
     models = ("codessm", "codessm-do", "bertcoder")
@@ -242,7 +242,7 @@ def test_learned_positions_bound_ctx(small, quick, functions, tmp_path):
 
 def test_any_divisor_will_do_as_kernels_and_nothing_else(small, quick):
     code, said = cli("pretrain", small, *TINY, "--steps", 1, "--kernels", 4, "-o", "k.pt")
-    assert code == 0 and "4 kernels a direction" in said
+    assert code == 0 and "4 kernels per direction" in said
     assert codessm.load("k.pt").encoder.layers[0].forward_ssm.C.shape == (4, 64, 2)
     for command in (["pretrain", *TINY], ["finetune", "classify", "--size", "tiny"]):
         for args, message in ((["--kernels", 3], "3 cannot share 64 channels"),
