@@ -9,7 +9,6 @@
 """
 import array
 import ast
-import atexit
 import bz2
 import csv
 import glob
@@ -151,11 +150,10 @@ def atomic(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
 def check_writable(path: str | os.PathLike, option: str = "-o") -> None:
     """Raise a `Problem` unless a file can be written at `path`, the value of `option`."""
+    if not path or os.path.exists(path) and not os.path.isfile(path):
+        what = "a folder" if os.path.isdir(path) else "no plain file"
+        raise Problem(f"{path or 'an empty name'} is {what}: give {option} the name of a file")
     folder = os.path.dirname(os.path.realpath(path))
-    if not path or os.path.isdir(path):
-        raise Problem(f"{path or 'an empty name'} is a folder: give {option} the name of a file")
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise Problem(f"{path} is no plain file: give {option} another name")
     if not os.path.isdir(folder):
         raise Problem(f"cannot write {path}: there is no folder {folder}")
     try:
@@ -258,7 +256,7 @@ class Source(NamedTuple):
 
     def check_unchanged(self, file: BinaryIO) -> None:
         """Raise a `Problem` if the open file has changed since it was found."""
-        if os.path.dirname(self.path) != temporary_folder() and self.mark != mark_of(file):
+        if os.path.dirname(self.path) != temporary_folder().name and self.mark != mark_of(file):
             raise Problem(f"{self.name} changed while it was being read", 1)
 
 
@@ -269,16 +267,14 @@ def mark_of(file: BinaryIO) -> str:
 
 
 @cache
-def temporary_folder() -> str:
+def temporary_folder() -> tempfile.TemporaryDirectory:
     """A folder of this process, removed when it exits."""
-    path = tempfile.mkdtemp(prefix="codessm-")
-    atexit.register(shutil.rmtree, path, ignore_errors=True)
-    return path
+    return tempfile.TemporaryDirectory(prefix="codessm-", ignore_cleanup_errors=True)
 
 
 def spool(name: str, stream: BinaryIO) -> Source:
     """A temporary copy of a stream that can be read only once; raises `Problem`."""
-    handle, path = tempfile.mkstemp(dir=temporary_folder())
+    handle, path = tempfile.mkstemp(dir=temporary_folder().name)
     try:
         with open(handle, "wb") as out, progress(desc=f"reading {name}", unit="B") as bar:
             while block := stream.read(1 << 20):
@@ -313,11 +309,9 @@ def find_sources(paths: Iterable[str]) -> list[Source]:
                                          if "__MACOSX" not in Path(name).parts]
         found = []
         for match in matches:
-            if os.path.isdir(match):
-                found += [name for name in walk(match)
-                          if JSON_LINES.fullmatch(os.path.basename(name)) and not is_log(name)]
-            elif exists or not is_log(match):
-                found.append(match)
+            folder = os.path.isdir(match)
+            files = filter(JSON_LINES.fullmatch, walk(match)) if folder else [match]
+            found += [file for file in files if exists and not folder or not is_log(file)]
         if not found:
             raise Problem(f"{path}: no file of JSON lines (.jsonl, .jsonlines, .json, compressed or in a .zip); "
                           f"`codessm corpus {path} -o corpus.jsonl` makes one of source files" if matches else
@@ -354,20 +348,17 @@ def walk(root: str, skipped: Callable[[str, str], bool] = lambda folder, name: F
             yield from (os.path.join(folder, file) for file in sorted(files) if visible(file))
 
 
-def starts_with(path: str, start: bytes) -> bool:
-    """True if a plain file is empty or begins with `start`."""
-    with open(path, "rb") as file:
-        return file.read(len(start)) in (b"", start)
-
-
 def is_log(path: str) -> bool:
     """True for what is no plain file, for an empty file and for a metrics log, which may lie beside a corpus."""
-    return not os.path.isfile(path) or starts_with(path, METRICS_LOG)
+    if not os.path.isfile(path):
+        return True
+    with open(path, "rb") as file:
+        return file.read(len(METRICS_LOG)) in (b"", METRICS_LOG)
 
 
 def standard_library() -> Source:
     """The standard library of the running interpreter, which is the default corpus."""
-    path = os.path.join(temporary_folder(), "standard-library.jsonl")
+    path = os.path.join(temporary_folder().name, "standard-library.jsonl")
     with open(path, "wb") as out:
         build_corpus([STANDARD_LIBRARY], out)
     return Source(f"standard library of Python {sys.version.split()[0]}", path,
@@ -490,11 +481,10 @@ def field(record: dict, names: Iterable[str], kind: Callable[[object], object] =
             except TypeError:
                 value = JSON_KIND.get(type(record[name]), f"the number {record[name]}")
                 raise BadLine(f'the field "{name}" is {value}, not {kind.__doc__}') from None
-    if required and names[0] in record:
-        raise BadLine(f'the field "{names[0]}" is null')
     if required:
         wanted = " or ".join(f'"{name}"' for name in names)
-        raise BadLine(f"no field {wanted}; the fields seen are: {listed(record, 12) or 'none'}")
+        raise BadLine(f"the field {wanted} is null" if names[0] in record else
+                      f"no field {wanted}; the fields seen are: {listed(record, 12) or 'none'}")
 
 
 # a docstring: a string alone on its lines, after a line that ends with a colon
@@ -777,18 +767,14 @@ def load_tokenizer(path: str) -> Tokenizer:
 
 def train_tokenizer(dataset: Dataset, vocab: int, most: int = 200_000_000) -> Tokenizer:
     """A byte-level BPE of `vocab` entries, trained on at most about `most` bytes of a data set's training split."""
-    model = tokenizers.Tokenizer(tokenizers.models.BPE())
-    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    least = 256 + len(SPECIALS)
+    if vocab < least:
+        raise Problem(f"--vocab {vocab} is too small: a byte-level vocabulary has at least {least} entries")
+    model = tokenizers.ByteLevelBPETokenizer()
+    byte_level = model.pre_tokenizer
     model.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([LONGEST_WORD, byte_level])  # as `Tokenizer` has it
-    model.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    special = [spellings[0] for spellings in SPECIALS.values()]
-    if vocab < len(alphabet) + len(special):
-        raise Problem(f"--vocab {vocab} is too small: a byte-level vocabulary has at least "
-                      f"{len(alphabet) + len(special)} entries")
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=vocab, special_tokens=special,
-                                             initial_alphabet=alphabet, show_progress=sys.stderr.isatty())
-    model.train_from_iterator(dataset.training_strings(most), trainer)
+    model.train_from_iterator(dataset.training_strings(most), vocab, min_frequency=0, show_progress=sys.stderr.isatty(),
+                              special_tokens=[spellings[0] for spellings in SPECIALS.values()])
     model.pre_tokenizer = byte_level
     return Tokenizer(model.to_str())
 
