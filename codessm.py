@@ -1175,7 +1175,7 @@ def evaluate(task, ckpt, split, predictions, **chosen):
             if os.path.exists(predictions):
                 raise Problem(f"{predictions} exists: give --predictions another name, or remove it")
         dataset = data.read_dataset(task, settings.paths, [split], required=[split], labels=model.labels,
-                                    names=predictions is not None, whole=True, **reading(settings))
+                                    whole=True, **reading(settings))
         settings.ctx = choose_ctx(settings.ctx, model.ctx, model.encoder, ckpt)
     dataset, settings = data.broadcast((dataset, settings))
     device = choose_device(settings.device)
@@ -1220,7 +1220,7 @@ def predict(files, ckpt, ctx, batch, max_line, device):
     if not hasattr(model, "results"):
         raise Problem(f"{ckpt} is a pretrained encoder, which predicts nothing yet: fine-tune it first")
     ctx = choose_ctx(ctx, model.ctx, model.encoder, ckpt)
-    for name, examples, hidden in data.examples_to_predict(files or ["-"], model.name, max_line * 10**6):
+    for name, examples in data.examples_to_predict(files or ["-"], model.name, max_line * 10**6):
         while chunk := list(itertools.islice(examples, PREDICT)):
             dataset = data.Unlabelled(chunk, model.kind)
             store = data.tokenise(dataset, model.tokenizer, ctx, dataset.splits["test"].items())
@@ -1234,8 +1234,7 @@ def predict(files, ckpt, ctx, batch, max_line, device):
                     json.dumps(result, allow_nan=False)
                 except ValueError:
                     raise Problem(f"{ckpt}: {NOT_FINITE}", 1) from None
-                shown = {key: value for key, value in example.record.items() if key not in hidden}
-                click.echo(json.dumps(shown | result))
+                click.echo(json.dumps(example.record | result))
 
 
 def comma_list(parse: Callable[[str], object]) -> Callable:

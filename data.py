@@ -241,7 +241,7 @@ class Source(NamedTuple):
             while (part := stream.readline(longest + 1)) or line:
                 unpacked, position = unpacked + len(part), file.tell()
                 if unpacked > longest + MAX_RATIO * position:
-                    raise Problem(f"{self.name}: more than {MAX_RATIO} times its size when unpacked: unpack it yourself")
+                    raise Problem(f"{self.name}: unpacks to more than {MAX_RATIO} times its size: unpack it yourself")
                 line = line or part
                 if len(part) > longest and not part.endswith(b"\n"):
                     continue  # a line that is too long goes on
@@ -1156,14 +1156,14 @@ def parse_example(task: Task, line: bytes, labelled: bool = True) -> Example:
     return Example(not_empty(texts), label, record)
 
 
-def parse_named(task: Task, fields: tuple[str, ...], key: str, line: bytes) -> Example:
-    """The text of a line in `fields`, joined by line ends, if it has a name in the field `key`; raises `BadLine`."""
+def parse_named(task: Task, form: "Tables", line: bytes) -> Example:
+    """The named text of a line of a table; raises `BadLine`."""
     record = parse_json(line)
-    found = [field(record, [name], required=False) for name in fields]
-    if found == [None] * len(fields):
-        field(record, fields)
+    found = [field(record, [name], required=False) for name in form.fields]
+    if not any(found):
+        field(record, form.fields)
     texts = not_empty(["\n".join(part for part in found if part and part.strip())])
-    field(record, [key], as_label)
+    field(record, [form.key], as_label)
     return Example(texts, read_label(task, record) if task.kind == "classify" else record.get("score"), record)
 
 
@@ -1265,7 +1265,6 @@ TABLES = {
                    r"([^\t]+)\t([^\t]+)\t(-?\d+(?:\.\d+)?|score)", "not query-id, tab, corpus-id, tab, score",
                    "no text in {} has the _id {}"),
             Tables(("Questions.csv", "Answers.csv"), ("title", "text"), "_id", "", "", "", "")]}
-SPLIT_FILE = re.compile(r"(train(?=\d*\.)|valid(?=\.)|test(?=\.))")
 
 
 class Benchmark(Dataset):
@@ -1275,17 +1274,17 @@ class Benchmark(Dataset):
         name, path: the task; a folder with its files, or its one file.
         wanted: the splits to read; `required` are those that must be there.
         labels: of the model, where there is one; else they are the task's or those of the training split.
-        names: keep what the examples call themselves. reading: `limit`, `skip_bad` and `longest` of `Records`.
+        reading: `limit`, `skip_bad` and `longest` of `Records`.
     `sources` are the files read. `notes` says what a reader should know. Raises `Problem`.
 
     Texts are numbered in the order in which they are read. The item of a text is the number of the first equal one.
     """
 
     def __init__(self, name: str, path: str, wanted: Iterable[str] = SPLITS, required: Iterable[str] = SPLITS[:2],
-                 labels: list[str] | None = None, names: bool = False, **reading):
+                 labels: list[str] | None = None, **reading):
         self.name, self.path, self.task, self.reading = name, Path(path), TASKS[name], reading
-        self.wanted, self.required, self.keep_names = list(wanted), list(required), names
-        self.labels, self.windows = list(labels or self.task.labels), self.task.kind == "tag"
+        self.wanted, self.labels = list(wanted), list(labels or self.task.labels)
+        self.windows = self.task.kind == "tag"
         self.notes, self.sources, self.splits = [], [], {}
         if not self.path.exists():
             raise self.expected(f"{path}: no such file or folder")
@@ -1297,7 +1296,7 @@ class Benchmark(Dataset):
             self.read_tables(form)
         else:
             self.read_examples()
-        for split in self.required:
+        for split in required:
             if split not in self.splits:
                 raise self.no_split(split)
 
@@ -1378,25 +1377,24 @@ class Benchmark(Dataset):
                            if JSON_LINES.fullmatch(path.name) and visible(path.name) and not is_log(path))
         sources = [source for path in paths for source in find_sources([path])]
         found = [(split, source) for split in SPLITS for source in sources
-                 if (match := SPLIT_FILE.match(os.path.basename(source.name))) and match[1] == split]
+                 if re.match(rf"{split}\d*\.", os.path.basename(source.name))]
         if len(sources) == 1 and (not found or self.path.is_file()):
             found = [(None, sources[0])]
         elif not found:
             raise self.expected(f"{self.path}: no train.jsonl there" + (", and more than one other file: " + listed(
                 path.name for path in paths) if paths else ""))
-        for split in self.required if found[0][0] else ():
-            if split not in dict(found):
-                raise self.no_split(split)
         found = [(split, source) for split, source in found
                  if split in (None, *self.wanted) or self.task.all_candidates]
-        self.sources += [source for _, source in found]
+        if not found:
+            raise self.no_split(self.wanted[0])
         return found
 
     def read_examples(self) -> None:
         """The splits of files with an example a line."""
         kind, files = self.task.kind, self.find_files()
-        self.records = Records([source for _, source in files], partial(parse_example, self.task), **self.reading)
-        digests, splits, labels, records = array.array("Q"), [], [], []
+        self.sources = [source for _, source in files]
+        self.records = Records(self.sources, partial(parse_example, self.task), **self.reading)
+        digests, splits, labels, names, candidate_names = array.array("Q"), [], [], [], []
         counts: Counter[str] = Counter()  # of the labels in the training split, where the task does not fix them
         for file, example in self.records:
             together = {"pair": sorted(example.texts), "retrieval": example.texts[1:]}.get(kind, example.texts)
@@ -1409,27 +1407,23 @@ class Benchmark(Dataset):
                 self.records.reject(BadLine(f'the label "{example.label[:80]}" is none of those trained on, which are '
                                             f"{listed(sorted(self.labels or counts), 12)}"))
                 split = None
+            name = example.record.get("idx", example.record.get("_id", len(splits)))
+            names.append(example.record.get("url", name) if kind == "retrieval" else name)
+            candidate_names.append(name)
             splits.append(split)
             labels.append(example.label if kind != "tag" else None)
-            records.append(example.record if self.keep_names else {})
             digests.extend(map(digest, example.texts) if kind != "tag" else [len(digests)])
             self.bytes += sum(map(len, example.texts))
         self.number_items(digests)
         if kind in ("tag", "classify") and not self.labels:
             self.labels = self.find_labels(counts)
-
-        def name_of(row: int, *fields: str) -> object:
-            """The first of the fields in a record, else the record's number."""
-            return next((records[row][name] for name in fields if name in records[row]), row)
-
         texts = np.arange(self.count).reshape(len(splits), -1)
         for split in self.wanted:
             rows = [row for row, own in enumerate(splits) if own == split]
+            ranked = range(len(splits)) if self.task.all_candidates else rows
             if rows:
-                names = [name_of(row, *["url"] * (kind == "retrieval"), "idx", "_id") for row in rows]
-                candidates = {texts[row, -1]: name_of(row, "idx", "_id")
-                              for row in (range(len(splits)) if self.task.all_candidates else rows)}
-                self.add_split(split, texts[rows], [labels[row] for row in rows], names, candidates)
+                self.add_split(split, texts[rows], [labels[row] for row in rows], [names[row] for row in rows],
+                               {texts[row, -1]: candidate_names[row] for row in ranked})
 
     def find_labels(self, counts: Counter[str]) -> list[str]:
         """The labels of tags and classes that the training split has so many times, or those of vocab_50000.txt."""
@@ -1459,8 +1453,7 @@ class Benchmark(Dataset):
         """The splits of tables, and of files whose lines refer to their texts."""
         kinds = {".json": ArraySource, ".csv": CSVSource}
         sources = [kinds.get(Path(file).suffix, Source)(*self.open(file)) for file in form.files]
-        reading = self.reading | {"limit": None}
-        self.records = Records(sources, partial(parse_named, self.task, form.fields, form.key), **reading)
+        self.records = Records(sources, partial(parse_named, self.task, form), **self.reading | {"limit": None})
         tables: list[dict[str, int]] = [{} for _ in sources]  # of each, name -> number of the text
         digests, labels, names = array.array("Q"), [], []
         for table, (texts, label, record) in self.records:
@@ -1475,54 +1468,54 @@ class Benchmark(Dataset):
             self.bytes += len(texts[0])
         self.number_items(digests)
         candidates = {number: names[number] for number in tables[-1].values()}
-        for split, rows in self.find_rows(form, tables, labels, names).items():
-            if rows:
-                texts, own_labels = zip(*rows)
+        rows = self.find_rows(form, tables, labels, names)
+        for split in self.wanted:
+            own = [row for row in rows if row[0] == split][:self.reading.get("limit")]
+            if own:
+                _, texts, own_labels = zip(*own)
                 own_names = [tuple(names[text] for text in row) if self.task.kind == "pair" else names[row[0]]
                              for row in texts]
                 self.add_split(split, np.array(texts), own_labels, own_names, candidates)
 
-    def find_rows(self, form: Tables, tables: list[dict[str, int]], labels: list, names: list) -> dict[str, list]:
-        """split -> (texts, label) of each example. `tables` are names -> texts, the others belong to the texts."""
+    def find_rows(self, form: Tables, tables: list[dict[str, int]], labels: list, names: list) -> list[tuple]:
+        """(split, texts, label) of each example. `tables` are names -> texts, the others belong to the texts."""
+        def hashed(text: int) -> str:
+            return seeded_split(str(names[text]))
+
+        if not form.split:  # StackSample: each question with its best answer, split by a hash of the question's Id
+            return [(hashed(text), (text, tables[1][name]), None) for name, text in tables[0].items()
+                    if name in tables[1]]
+
         def parse(line: bytes) -> tuple[list[int], str | None] | None:
             string = line.decode("utf-8-sig", "replace").strip()
             match = re.fullmatch(form.line, string)
             if not match:
                 raise BadLine(form.malformed.format(len(string.split())))
             *own, last = match.groups()
-            if self.task.kind == "retrieval" and last == "score":  # the header
+            if self.task.kind == "retrieval" and (last == "score" or float(last) <= 0):  # the header, or not right
                 return None
             for name, table, file in zip(own, tables * 2, form.files * 2):
                 if name not in table:
                     raise BadLine(form.unknown.format(file, name[:80]))
             texts = [table[name] for name, table in zip(own, tables * 2)]
-            if self.task.kind == "retrieval":
-                return (texts, None) if float(last) > 0 else None
-            return texts, labels[texts[0]] if self.task.kind == "classify" else read_label(self.task, {"label": last})
+            label = {"classify": labels[texts[0]], "pair": last, "retrieval": None}[self.task.kind]
+            return texts, read_label(self.task, {"label": last}) if self.task.kind == "pair" else label
 
-        def read(name: str) -> list[tuple]:
-            if not (self.path / form.split.format(name)).is_file():
-                return []
-            records = Records([self.open(form.split.format(name))], parse, **self.reading)
-            rows = [row for _, row in records]
-            self.bad += records.bad
-            return rows
-
-        def hashed(row: tuple) -> str:
-            return seeded_split(str(names[row[0][0]]))
-
-        if not form.split:  # StackSample: each question with its best answer, split by a hash of the question's Id
-            rows = [([text, tables[1][name]], None) for name, text in tables[0].items() if name in tables[1]]
-            return {split: [row for row in rows if hashed(row) == split][:self.reading.get("limit")]
-                    for split in self.wanted}
-        valid = "dev" if (self.path / form.split.format("dev")).is_file() else "valid"
-        if self.name != "sqa" or (self.path / form.split.format(valid)).is_file():
-            return {split: read(valid if split == "valid" else split) for split in self.wanted}
-        train = read("train") if self.wanted != ["test"] else []
-        if "valid" in self.wanted:
+        files = {split: form.split.format(split) for split in SPLITS}
+        if (self.path / form.split.format("dev")).is_file():
+            files["valid"] = form.split.format("dev")
+        tenth = self.name == "sqa" and not (self.path / files["valid"]).is_file()  # CoIR has no validation split
+        if tenth and "valid" in self.wanted:
+            files["valid"] = files["train"]
             self.notes.append("the validation split is a tenth of the training queries, by a hash")
-        return {split: [row for row in train if (hashed(row) == "valid") == (split == "valid")] if split != "test" else
-                read("test") for split in self.wanted}
+        split_of = {files[split]: split for split in self.wanted if (self.path / files[split]).is_file()}
+        records, rows = Records([*map(self.open, split_of)], parse, **self.reading), []
+        for split, (texts, label) in ((list(split_of.values())[file], row) for file, row in records):
+            if tenth and split != "test":
+                split = "valid" if hashed(texts[0]) == "valid" else "train"
+            rows.append((split, texts, label))
+        self.bad += records.bad
+        return rows
 
     # -- tagging
 
@@ -1566,16 +1559,16 @@ class Unlabelled(Benchmark):
 
 def read_dataset(name: str, paths: list[str], wanted: Iterable[str], required: Iterable[str] = SPLITS[:2],
                  labels: list[str] | None = None, code_field: str | None = None, text_field: str | None = None,
-                 names: bool = False, whole: bool = False, **reading) -> Dataset:
+                 whole: bool = False, **reading) -> Dataset:
     """The data of a task; raises `Problem`.
 
     Args:
         paths: of mlm a corpus, the standard library where there is none; else the folder or file of the benchmark.
-        wanted, required, labels, names: as for `Benchmark`. `whole`, all that is held out of a corpus is evaluated.
-        code_field, text_field: as for `Corpus`. reading: limit, skip_bad and longest of `Records`.
+        wanted, required, labels: as for `Benchmark`. `whole`: all that is held out of a corpus is evaluated.
+        code_field, text_field: as for `Corpus`. reading: `limit`, `skip_bad` and `longest` of `Records`.
     """
     if TASKS[name].kind != "mlm":
-        return Benchmark(name, paths[0], wanted, required, labels, names=names, **reading)
+        return Benchmark(name, paths[0], wanted, required, labels, **reading)
     corpus = Corpus(find_sources(paths) if paths else [standard_library()], code_field, text_field,
                     most_valid=None if whole else HELD_OUT, **reading)
     corpus.splits = {split: corpus.splits[split] for split in wanted}
@@ -1587,10 +1580,10 @@ def read_dataset(name: str, paths: list[str], wanted: Iterable[str], required: I
 
 
 def examples_to_predict(paths: Iterable[str], name: str,
-                        longest: int = MAX_LINE) -> Iterator[tuple[str, Iterator[Example], set[str]]]:
-    """(name, examples, fields not to print) of each thing to predict for: JSONL, or source files and folders of them.
+                        longest: int = MAX_LINE) -> Iterator[tuple[str, Iterator[Example]]]:
+    """(name, examples) of each thing to predict for: JSONL, or source files and folders of them; raises `Problem`.
 
-    A field with code or text may have any of the known names. Raises `Problem`.
+    A field with code or text may have any of the known names.
     """
     task = TASKS[name]
     parse = partial(parse_example, task._replace(code=tuple(dict.fromkeys(task.code + CODE_FIELDS)),
@@ -1600,12 +1593,12 @@ def examples_to_predict(paths: Iterable[str], name: str,
         folder = os.path.isdir(path) and any(source_files([path]))
         if path == "-" or not language and not folder:
             for source in find_sources([path]):
-                yield source.name, (example for _, example in Records([source], parse, longest=longest)), set()
+                yield source.name, (example for _, example in Records([source], parse, longest=longest))
         elif task.kind in ("pair", "retrieval") or task.kind == "tag" and language not in ("python", None):
             raise Problem(f"{path}: a model for {name} needs JSONL with lines like {TASKS[task.kind].line}"
                           + ", or Python files" * (task.kind == "tag"))
         else:
-            yield path, (parse(json.dumps(row).encode()) for row in file_records(path, task.kind)), {"code"}
+            yield path, file_examples(path, task.kind)
 
 
 # ---- source trees -----------------------------------------------------------------------------------
@@ -1756,17 +1749,18 @@ def python_functions(source: str) -> Iterator[dict]:
         yield {"code": re.sub(f"^{indent}", "", code, flags=re.MULTILINE)} | record
 
 
-def file_records(path: str, kind: str) -> Iterator[dict]:
-    """A record to predict for of each source file under `path`; says how many files are empty and have none."""
+def file_examples(path: str, kind: str) -> Iterator[Example]:
+    """An example to predict for of each source file under `path`; says how many files are empty and have none."""
     empty = 0
     for source, _language, relative in read_sources([path], ["python"] if kind == "tag" else ()):
-        name = os.path.join(path, relative) if os.path.isdir(path) else path
-        try:
-            record = {"tokens": typed_tokens(source, always=True)[0]} if kind == "tag" else {"code": source}
-        except UNPARSABLE as error:
-            raise Problem(f"{name}: not Python that parses ({error or type(error).__name__})") from None
-        if "".join(*record.values()).strip():
-            yield {"path": name} | record
+        texts, record = [source], {"path": os.path.join(path, relative) if os.path.isdir(path) else path}
+        if kind == "tag":
+            try:
+                texts = record["tokens"] = typed_tokens(source, always=True)[0]
+            except UNPARSABLE as error:
+                raise Problem(f"{record['path']}: not Python that parses ({error or type(error).__name__})") from None
+        if "".join(texts).strip():
+            yield Example(texts, [UNK] * len(texts), record)
         else:
             empty += 1
     if empty:

@@ -149,7 +149,7 @@ def test_what_is_not_there_is_named():
 def test_labels_and_vocabularies(tokenizer):
     """Labels are names or whole numbers; types are those of the training split, the most frequent first."""
     write({"*.jsonl": [{"code": c, "label": label, "idx": 2 * c} for c, label in zip("abcd", [10, 9, True, "high"])]})
-    dataset = Benchmark("classify", "d", names=True)
+    dataset = Benchmark("classify", "d")
     assert dataset.labels == ["1", "9", "10", "high"] and texts(dataset, "test") == [("a",), ("b",), ("c",), ("d",)]
     assert [*dataset.splits["test"].labels] == [2, 1, 0, 3] and dataset.splits["test"].names == ["aa", "bb", "cc", "dd"]
     rows = [{"tokens": ["f", "(", "x"], "labels": ["T", None, "U"]}, {"tokens": ["y"], "labels": ["U"]}]
@@ -221,7 +221,7 @@ def test_advtest_takes_tokens_or_code_without_its_docstring():
         ({"docstring": text, "code": code.replace("r\n", "`r`\n")}, (text, rest.replace("r\n", "`r`\n"))),  # Python 2
         ({"docstring": "x", "code_tokens": "def f"}, ("x", "def f"))]  # a string where a list is published
     write({"*.jsonl": [record | {"url": f"u{i}", "idx": 10 - i} for i, (record, _) in enumerate(rows)]})
-    dataset = Benchmark("advtest", "d", names=True)
+    dataset = Benchmark("advtest", "d")
     split = dataset.splits["test"]
     assert sorted(texts(dataset, "test")) == sorted(expected for _, expected in rows)
     assert split.query_names == [f"u{i}" for i in range(7)] and split.candidate_names == [10, 9, 8, 6, 5]
