@@ -128,10 +128,7 @@ def listed(names: Iterable[object], most: int = 3) -> str:
 
 @contextmanager
 def atomic(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """A binary file that replaces `path` as a whole when the block ends. If the block fails, `path` stays as it was.
-
-    The bytes go to `path`.tmp, which is flushed to the disk and then renamed.
-    """
+    """A binary file, `path`.tmp, that becomes `path` when the block ends. If that fails, `path` stays as it was."""
     path = os.path.realpath(path)
     temporary = f"{path}.tmp"
     try:
@@ -456,7 +453,10 @@ def as_words(value: object) -> list[str]:
 
 def as_text(value: object) -> str:
     """a string or a list of strings"""
-    return " ".join(as_words(value)) if isinstance(value, list) else as_string(value)
+    text = " ".join(as_words(value)) if isinstance(value, list) else as_string(value)
+    if not text.strip():
+        raise BadLine("the text or code is empty")
+    return text
 
 
 def as_label(value: object) -> str:
@@ -632,8 +632,8 @@ class Corpus(Dataset):
     """JSONL files of (text, code) records for masked language modelling. An item is a record. Raises `Problem`.
 
     Held out is 1 % of the records, by a hash of the line; of fewer than 3,200 a tenth, 32 at most. The validation split
-    has at most `most_valid` of them, the test split is the whole corpus. `code_field` and `text_field` replace the known
-    names of fields; `reading` are `limit`, `skip_bad` and `longest` of `Records`.
+    has at most `most_valid` of them, the test split is the whole corpus. `code_field` and `text_field` replace the
+    known names of fields; `reading` are `limit`, `skip_bad` and `longest` of `Records`.
     """
 
     def __init__(self, sources: list[Source], code_field: str | None = None, text_field: str | None = None,
@@ -750,13 +750,12 @@ class Tokenizer:
 
 def load_tokenizer(path: str) -> Tokenizer:
     """The tokenizer of a `tokenizer.json`, or of a folder with `vocab.json` and `merges.txt`; raises `Problem`."""
-    if not os.path.isdir(path):
+    whole, *parts = (os.path.join(path, name) for name in ("tokenizer.json", "vocab.json", "merges.txt"))
+    if not os.path.isdir(path) or os.path.isfile(whole):
+        path = whole if os.path.isdir(path) else path
         return Tokenizer(read_text(path), path)
-    if os.path.isfile(os.path.join(path, "tokenizer.json")):
-        return load_tokenizer(os.path.join(path, "tokenizer.json"))
-    files = (os.path.join(path, name) for name in ("vocab.json", "merges.txt"))
     try:
-        model = tokenizers.ByteLevelBPETokenizer.from_file(*files)
+        model = tokenizers.ByteLevelBPETokenizer.from_file(*parts)
     except Exception as error:  # the library raises nothing narrower
         raise Problem(f"{path}: no tokenizer.json there, nor vocab.json and merges.txt of a byte-level BPE ({error})"
                       ) from None
@@ -827,11 +826,11 @@ class TokenStore:
             tag_counts.append(len(sequence.tags))
             tags.extend(itertools.chain(*sequence.tags))
         end = sum(lengths) * dtype.itemsize
+        if count is not None:  # each item has its place, whether it is wanted or not
+            per_item = np.zeros((2, count), np.int64)
+            per_item[:, numbers] = lengths, heads
+            (lengths, heads), numbers, tag_counts = per_item, [], []
         arrays = [np.append(0, np.cumsum(lengths)), heads, numbers, tags, np.append(0, np.cumsum(tag_counts))]
-        if count is not None:
-            of_all = np.zeros((2, count), np.int64)
-            of_all[:, numbers] = lengths, heads
-            arrays = [np.append(0, np.cumsum(of_all[0])), of_all[1], [], [], []]
         file.write(bytes(-end % 8))
         for values in arrays:
             file.write(np.asarray(values, np.int64).tobytes())
@@ -1081,7 +1080,7 @@ class Task(NamedTuple):
 
 ADVTEST = Task(
     "retrieval", 512, 2, "mrr", ("docstring_tokens", "docstring"),
-    ("code_tokens", "function_tokens", "code", "function"), files="train.jsonl, valid.jsonl and test.jsonl",
+    ("code_tokens", "function_tokens", "code", "function"),
     line='{"docstring_tokens": [...], "code_tokens": [...], "url": "...", "idx": 0}',
     published="https://github.com/microsoft/CodeXGLUE/tree/main/Text-Code/NL-code-search-Adv", docstrings=True)
 TASKS = {
@@ -1153,25 +1152,17 @@ def parse_example(task: Task, line: bytes, labelled: bool = True) -> Example:
     if task.docstrings and not any(isinstance(record.get(name), list) for name in task.code):
         texts[1] = separate_docstring(*texts)[1]  # otherwise the query would be part of the answer
     label = read_label(task, record) if labelled and task.kind != "retrieval" else None
-    return Example(not_empty(texts), label, record)
+    return Example(tuple(texts), label, record)
 
 
 def parse_named(task: Task, form: "Tables", line: bytes) -> Example:
     """The named text of a line of a table; raises `BadLine`."""
     record = parse_json(line)
-    found = [field(record, [name], required=False) for name in form.fields]
-    if not any(found):
-        field(record, form.fields)
-    texts = not_empty(["\n".join(part for part in found if part and part.strip())])
+    field(record, form.fields)  # one of them at least
+    parts = [field(record, [name], required=False) or "" for name in form.fields]
+    text = as_text("\n".join(filter(str.strip, parts)))
     field(record, [form.key], as_label)
-    return Example(texts, read_label(task, record) if task.kind == "classify" else record.get("score"), record)
-
-
-def not_empty(texts: list[str]) -> tuple[str, ...]:
-    """The texts of an example; raises `BadLine` if one is blank."""
-    if not all(text.strip() for text in texts):
-        raise BadLine("the text or code is empty")
-    return tuple(texts)
+    return Example((text,), read_label(task, record) if task.kind == "classify" else record.get("score"), record)
 
 
 def read_label(task: Task, record: dict) -> str:
@@ -1208,10 +1199,7 @@ class ArraySource(Source):
 
 
 class CSVSource(Source):
-    """A table of StackSample (latin-1, bodies in HTML), read as JSON lines. An answer's _id is its question's.
-
-    Blank answers are left out.
-    """
+    """A table of StackSample (latin-1, HTML) as JSON lines, without blank answers. An answer's _id is its question's."""
 
     def lines(self, longest: int = MAX_LINE) -> Iterator[tuple[int, bytes | BadLine, int]]:
         answers = os.path.basename(self.path) == "Answers.csv"
@@ -1249,11 +1237,11 @@ class Tables(NamedTuple):
     """A published format: tables of named texts, and a file a split whose lines refer to the texts by their names."""
     files: tuple[str, ...]
     fields: tuple[str, ...]  # of a table: their strings, joined by line ends, are a text
-    key: str        # the field with the name of a text
-    split: str      # the file of a split
-    line: str       # the pattern of its lines: a name for each table (or two for one), then a label or a score
-    malformed: str  # the error of another line, which has {} words
-    unknown: str    # the error of a line with a name ({1}) that is not in a table ({0})
+    key: str             # the field with the name of a text
+    split: str = ""      # the file of a split
+    line: str = ""       # the pattern of its lines: a name for each table (or two for one), then a label or a score
+    malformed: str = ""  # the error of another line, which has {} words
+    unknown: str = ""    # the error of a line with a name ({1}) that is not in a table ({0})
 
 
 TABLES = {
@@ -1264,7 +1252,7 @@ TABLES = {
     "sqa": [Tables(("queries.jsonl", "corpus.jsonl"), ("title", "text"), "_id", "qrels/{}.tsv",
                    r"([^\t]+)\t([^\t]+)\t(-?\d+(?:\.\d+)?|score)", "not query-id, tab, corpus-id, tab, score",
                    "no text in {} has the _id {}"),
-            Tables(("Questions.csv", "Answers.csv"), ("title", "text"), "_id", "", "", "", "")]}
+            Tables(("Questions.csv", "Answers.csv"), ("title", "text"), "_id")]}
 
 
 class Benchmark(Dataset):
@@ -1345,7 +1333,7 @@ class Benchmark(Dataset):
         if len(first) < self.count:
             self.notes.append(f"{self.count - len(first):,} texts that are equal to another are one with it")
 
-    def add_split(self, split: str, texts: np.ndarray, labels: list, names: list, candidates: dict[int, object]) -> None:
+    def add_split(self, split: str, texts: np.ndarray, labels: list, names: list, candidates: dict) -> None:
         """A split of examples of (n, k) texts, by their numbers. `candidates` are the texts that are ranked -> names.
 
         What is right for a query is right for every query with an equal text.
@@ -1445,7 +1433,7 @@ class Benchmark(Dataset):
         if not self.windows:  # numbers come in their order, before names
             return sorted(counts, key=lambda x: (int(x) if x.isdecimal() and len(x) < 20 else math.inf, x))
         first = [UNK] + ["any"] * (self.name == "typeinf")
-        return first + [label for label, _ in counts.most_common(50_000) if label not in first]
+        return list(dict.fromkeys(first + [label for label, _ in counts.most_common(50_000)]))
 
     # -- tables of named texts, and lines that refer to them by their names
 
@@ -1643,8 +1631,8 @@ def read_sources(paths: Iterable[str], languages: Iterable[str] = ()) -> Iterato
     for path in paths:
         if not os.path.exists(path):
             raise Problem(f"{path}: no such file or folder")
-    files = [(path, relative, language_of(path) or "unknown") for path, relative in source_files(paths)]
-    files = [file for file in files if not languages or file[2] in languages]
+    files = [(path, relative, language) for path, relative in source_files(paths)
+             if (language := language_of(path) or "unknown") in languages or not languages]
     if not files:
         known = " ".join(ending for ending, language in LANGUAGES.items() if not languages or language in languages)
         raise Problem(f"{', '.join(paths)}: no source files; known are {known}")
@@ -1672,25 +1660,17 @@ def build_corpus(paths: Iterable[str], out: BinaryIO) -> None:
     A record has `code`, `docstring` if there is one (it is then not in the code), `language`, `path` and, for a
     function, `name` and `line`. Exact duplicates are dropped. Prints what was left out.
     """
-    seen, duplicates = set(), 0
+    codes: Counter[int] = Counter()  # by their digests
     for source, language, path in read_sources(paths):
         for record in cut_source(source, language):
             record = {name: well_formed(v) if isinstance(v, str) else v for name, v in record.items()}
-            if is_new(seen, record["code"]):
+            codes[code := digest(record["code"])] += 1
+            if codes[code] == 1:
                 line = json.dumps(record | {"language": language, "path": path}, ensure_ascii=False)
                 out.write(line.encode() + b"\n")
-            else:
-                duplicates += 1
-    info(f"{len(seen):,} records; {duplicates:,} exact duplicates dropped")
-    if not seen:
+    info(f"{len(codes):,} records; {codes.total() - len(codes):,} exact duplicates dropped")
+    if not codes:
         raise Problem(f"{', '.join(paths)}: the source files hold no code to take")
-
-
-def is_new(seen: set[int], text: str) -> bool:
-    """True if the text's digest is not among those seen, to which it is added."""
-    before = len(seen)
-    seen.add(digest(text))
-    return len(seen) > before
 
 
 def cut_source(source: str, language: str) -> list[dict]:
@@ -1823,10 +1803,10 @@ def obfuscate(code: str, method: bool = False) -> str | None:
         for name in [value] if isinstance(value, str) else value:
             recursive = name == itself and name not in roles and (not method or id(node) in decorators)
             after = own_name if node is own or recursive else new.get(name)
-            if after is None or isinstance(node, FUNCTION + (ast.ClassDef,)) and name in fixed:
+            if after is None:
                 continue
             start = locate_name(node, name, code, positions)
-            if not code.startswith(name, start):
+            if start < 0:
                 return None
             edits.add((start, name, after))
             setattr(node, field_name, after if isinstance(value, str) else
@@ -1842,13 +1822,11 @@ def obfuscate(code: str, method: bool = False) -> str | None:
 def locate_name(node: ast.AST, name: str, code: str, positions: Positions) -> int:
     """The index at which the code spells the name of a node, -1 if it is not found."""
     begin, end = positions.span(node)
-    if isinstance(node, (ast.Name, ast.arg)):
-        return begin
     if isinstance(node, (ast.alias, ast.MatchAs, ast.MatchStar, ast.MatchMapping)):
         return code.rfind(name, begin, end)  # import x as name; case x as name, *name, {**name}
     if isinstance(node, ast.ExceptHandler):
         begin = positions.span(node.type)[1]
-    found = re.compile(rf"\b{name}\b").search(code, begin, end)  # def name, class name, nonlocal name, except x as name
+    found = re.compile(rf"\b{name}\b").search(code, begin, end)  # name; def name, class name, nonlocal name, x as name
     return found.start() if found else -1
 
 
@@ -1875,21 +1853,20 @@ def typed_tokens(source: str, always: bool = False) -> tuple[list[str], list[str
         return tuple(np.searchsorted(starts, positions.span(node)).tolist())
 
     for node in typed:
-        annotation, opening = getattr(node, "annotation", None), ":"
-        labelled = token_span(node)[0]
-        if isinstance(node, ast.AnnAssign):
-            named = isinstance(node.target, (ast.Name, ast.Attribute))
-            labelled = token_span(node.target)[1] - 1 if named else None
-        elif isinstance(node, FUNCTION):
-            annotation, opening = node.returns, "->"
-            labelled += 1 + isinstance(node, ast.AsyncFunctionDef)
+        annotation = node.returns if isinstance(node, FUNCTION) else node.annotation
         first, last = token_span(annotation)
-        while tokens[first].string != opening:  # parentheses around it
+        while tokens[first].string not in (":", "->"):  # parentheses around it
             first -= 1
         depth = sum((token.string == "(") - (token.string == ")") for token in tokens[first:last])
         annotation_tokens.update(range(first, last + depth))
-        if labelled is not None:
-            labels[labelled] = well_formed(ast.unparse(annotation))
+        labelled = token_span(node)[0]
+        if isinstance(node, FUNCTION):
+            labelled += 1 + isinstance(node, ast.AsyncFunctionDef)
+        elif isinstance(node, ast.AnnAssign):
+            if not isinstance(node.target, (ast.Name, ast.Attribute)):
+                continue
+            labelled = token_span(node.target)[1] - 1
+        labels[labelled] = well_formed(ast.unparse(annotation))
     left = [i for i in range(len(tokens)) if i not in annotation_tokens]
     functions: list[tuple[int, int]] = []
     for begin, end in sorted(token_span(node) for node in ast.walk(tree) if isinstance(node, FUNCTION)):
@@ -1916,35 +1893,34 @@ def build_benchmark(task: str, paths: Iterable[str], folder: str) -> None:
     for file in sorted(os.listdir(folder)) if os.path.exists(folder) else ():
         if re.fullmatch(r"(train\d*|valid|test)\.jsonl(\.gz)?|vocab_50000\.txt", file):
             raise Problem(f"{os.path.join(folder, file)} exists: remove it, or give another -o")
-    paths, seen = list(paths), set()
-    files: list[tuple[str, list[tuple]]] = []
+    paths = list(paths)
+    records: dict[int, tuple[str, dict, str | list | None]] = {}  # digest of what duplicates share -> (path, ...)
     for source, _language, path in read_sources(paths, ["python"]):
-        records = [record for record in benchmark_records(task, source, path) if is_new(seen, record[0])]
-        if records:
-            files.append((path, records))
-    what, rows_are, reason = ("functions with docstrings", "functions", "whose names cannot be replaced") \
-        if task == "advtest" else ("annotations", "files", "with types in no function of their own")
+        for shared, record, extra in benchmark_records(task, source, path):
+            records.setdefault(digest(shared), (path, record, extra))
+    files = sorted({path for path, _, _ in records.values()}, key=digest)
+    what, reason = ("functions with docstrings", "whose names cannot be replaced") if task == "advtest" else \
+        ("annotations", "with types in no function of their own")
     if len(files) < 3:
         raise Problem(f"{', '.join(paths)}: only {len(files)} files with {what}: three splits need more")
-    files.sort(key=lambda file: digest(file[0]))
     tenth = max(1, len(files) // 10)
-    parts = {"train": files[2 * tenth:], "valid": files[tenth:2 * tenth], "test": files[:tenth]}
+    parts = {"train": set(files[2 * tenth:]), "valid": set(files[tenth:2 * tenth]), "test": set(files[:tenth])}
     os.makedirs(folder, exist_ok=True)
     split_of: dict[int, str] = {}  # the text of a function -> the first split that has it
     for split, part in parts.items():
-        found = [finish_record(split, split_of, *record[1:]) for _, records in part for record in records]
-        rows = [row for row in found if row]
+        own = sorted((record for record in records.values() if record[0] in part), key=lambda record: digest(record[0]))
+        rows = [row for _, record, extra in own if (row := finish_record(split, split_of, record, extra))]
         with atomic(os.path.join(folder, f"{split}.jsonl")) as out:
             for number, row in enumerate(rows):
                 row = row | {"idx": number} if task == "advtest" else row
                 out.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-        info(f"{folder}/{split}.jsonl: {len(rows):,} {rows_are} from {len(part):,} source files"
-             + (f"; {len(found) - len(rows):,} left out, {reason}" if len(rows) < len(found) else ""))
+        info(f"{folder}/{split}.jsonl: {len(rows):,} lines from {len(part):,} source files"
+             + (f"; {len(own) - len(rows):,} left out, {reason}" if len(rows) < len(own) else ""))
         if split == "train" and task == "typeinf":
             types = Counter(label for row in rows for label in row["labels"] if label is not None)
-            names = [UNK, "Any"] + [name for name, _ in types.most_common() if name not in (UNK, "Any")]
+            names = dict.fromkeys([UNK, "Any", *(name for name, _ in types.most_common())])
             with atomic(os.path.join(folder, "vocab_50000.txt")) as out:
-                out.write("".join(f"{name}\n" for name in names[:50_000]).encode())
+                out.writelines(f"{name}\n".encode() for name in itertools.islice(names, 50_000))
             info(f"{len(types):,} types, {types.total():,} labels in train")
 
 
@@ -1961,10 +1937,7 @@ def finish_record(split: str, split_of: dict[int, str], record: dict, extra: str
 
 
 def benchmark_records(task: str, source: str, path: str) -> Iterator[tuple[str, dict, str | list | None]]:
-    """What one Python file gives to a benchmark, nothing if it does not parse: (what duplicates share, record, extra).
-
-    The extra is the obfuscated code, or where functions begin and end in the tokens.
-    """
+    """(what duplicates share, record, obfuscated code or `typed_tokens` spans) of what a file that parses holds."""
     with suppress(*UNPARSABLE):
         if task == "typeinf":
             tokens, labels, functions = typed_tokens(source)
