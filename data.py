@@ -89,14 +89,13 @@ class QuietStream:
         self.stream = stream or open(os.devnull, "w")
 
     def __getattr__(self, name: str):
-        attribute = getattr(self.stream, name)
-        return partial(self._try, attribute) if name in ("write", "flush") else attribute
+        def quietly(*args):
+            try:
+                return getattr(self.stream, name)(*args)
+            except (OSError, ValueError):
+                self.stream = open(os.devnull, "w")
 
-    def _try(self, method: Callable, *args):
-        try:
-            return method(*args)
-        except (OSError, ValueError):
-            self.stream = open(os.devnull, "w")
+        return quietly if name in ("write", "flush") else getattr(self.stream, name)
 
 
 def info(message: str) -> None:
@@ -1579,7 +1578,7 @@ def examples_to_predict(paths: Iterable[str], name: str,
     for path in map(str, paths):
         language = language_of(path)
         folder = os.path.isdir(path) and any(source_files([path]))
-        if path == "-" or not language and not folder:
+        if not language and not folder:
             for source in find_sources([path]):
                 yield source.name, (example for _, example in Records([source], parse, longest=longest))
         elif task.kind in ("pair", "retrieval") or task.kind == "tag" and language not in ("python", None):
@@ -1608,10 +1607,11 @@ def language_of(path: str) -> str | None:
     return LANGUAGES.get(os.path.splitext(path)[1].lower())
 
 
-def source_files(paths: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """(path, path in the tree or trees) of each source file, without hidden and installed folders."""
-    paths = list(paths)
+def source_files(paths: list[str]) -> Iterator[tuple[str, str]]:
+    """(path, path in the tree or trees) of each source file, without hidden and installed folders; raises `Problem`."""
     for root in paths:
+        if not os.path.exists(root):
+            raise Problem(f"{root}: no such file or folder")
         if os.path.isfile(root):
             yield root, os.path.basename(root)
             continue
@@ -1622,15 +1622,11 @@ def source_files(paths: Iterable[str]) -> Iterator[tuple[str, str]]:
                 yield path, os.path.relpath(path, above)
 
 
-def read_sources(paths: Iterable[str], languages: Iterable[str] = ()) -> Iterator[tuple[str, str, str]]:
+def read_sources(paths: list[str], languages: Iterable[str] = ()) -> Iterator[tuple[str, str, str]]:
     """(source, language, path in the tree) of each source file under `paths`; prints what was left out.
 
     With `languages`, only files of these. Raises `Problem` if there are none.
     """
-    paths = list(paths)
-    for path in paths:
-        if not os.path.exists(path):
-            raise Problem(f"{path}: no such file or folder")
     files = [(path, relative, language) for path, relative in source_files(paths)
              if (language := language_of(path) or "unknown") in languages or not languages]
     if not files:
@@ -1654,7 +1650,7 @@ def read_sources(paths: Iterable[str], languages: Iterable[str] = ()) -> Iterato
          + "".join(f"; {count:,} left out: {reason}" for reason, count in sorted(skipped.items())))
 
 
-def build_corpus(paths: Iterable[str], out: BinaryIO) -> None:
+def build_corpus(paths: list[str], out: BinaryIO) -> None:
     """Write the code under `paths` as JSONL: a record a Python function, a record a file otherwise.
 
     A record has `code`, `docstring` if there is one (it is then not in the code), `language`, `path` and, for a
@@ -1879,7 +1875,7 @@ def typed_tokens(source: str, always: bool = False) -> tuple[list[str], list[str
 MADE = ("advtest", "typeinf")  # the tasks that can be made of source trees
 
 
-def build_benchmark(task: str, paths: Iterable[str], folder: str) -> None:
+def build_benchmark(task: str, paths: list[str], folder: str) -> None:
     """Make `advtest` or `typeinf` of the Python files under `paths`: {train,valid,test}.jsonl in `folder`.
 
     advtest: the first paragraph of a docstring, and the function without it, chosen as CodeSearchNet does (at least
@@ -1893,7 +1889,6 @@ def build_benchmark(task: str, paths: Iterable[str], folder: str) -> None:
     for file in sorted(os.listdir(folder)) if os.path.exists(folder) else ():
         if re.fullmatch(r"(train\d*|valid|test)\.jsonl(\.gz)?|vocab_50000\.txt", file):
             raise Problem(f"{os.path.join(folder, file)} exists: remove it, or give another -o")
-    paths = list(paths)
     records: dict[int, tuple[str, dict, str | list | None]] = {}  # digest of what duplicates share -> (path, ...)
     for source, _language, path in read_sources(paths, ["python"]):
         for shared, record, extra in benchmark_records(task, source, path):
