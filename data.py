@@ -560,7 +560,7 @@ class Sequence(NamedTuple):
 
 
 class Dataset:
-    """What is read for a task: `Split`s of numbered items. The texts of the items are read again in each pass."""
+    """What is read for a task: `Split`s of numbered items, whose texts are read again in each pass."""
     splits: dict[str, Split]
     records: Records
     sources: list[Source]
@@ -637,8 +637,7 @@ class Corpus(Dataset):
 
     def __init__(self, sources: list[Source], code_field: str | None = None, text_field: str | None = None,
                  most_valid: int | None = None, **reading):
-        text_alone = () if code_field or text_field else ("text",)  # is code
-        self.code_fields = (code_field,) if code_field else CODE_FIELDS + text_alone
+        self.code_fields = (code_field,) if code_field else (*CODE_FIELDS, "text")  # a text alone is code
         self.text_fields = (text_field,) if text_field else TEXT_FIELDS
         self.reading = dict(fields=(code_field, text_field), **reading)
         self.sources, self.records = sources, Records(sources, self.parse, **reading)
@@ -910,10 +909,7 @@ IGNORE = -100  # a label that is not predicted
 
 
 def draw(seed: int, epoch: int, item: np.ndarray, position: np.ndarray | int, use: int) -> np.ndarray:
-    """Numbers in [0, 1), float64, one for each broadcast element: SplitMix64 (Steele et al. 2014) as a hash.
-
-    `use` keeps draws for different purposes apart.
-    """
+    """float64 in [0, 1), one for each broadcast element, by SplitMix64 (Steele et al. 2014); `use` is the purpose."""
     state = np.full(1, seed, np.uint64)
     for key in (use, epoch, item, position):
         state = state + np.asarray(key).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
@@ -1198,7 +1194,7 @@ class ArraySource(Source):
 
 
 class CSVSource(Source):
-    """A table of StackSample (latin-1, HTML) as JSON lines, without blank answers. An answer's _id is its question's."""
+    """A table of StackSample (latin-1, HTML) as JSON lines without blank answers; an answer's _id is its question's."""
 
     def lines(self, longest: int = MAX_LINE) -> Iterator[tuple[int, bytes | BadLine, int]]:
         answers = os.path.basename(self.path) == "Answers.csv"
@@ -1485,8 +1481,7 @@ class Benchmark(Dataset):
                 if name not in table:
                     raise BadLine(form.unknown.format(file, name[:80]))
             texts = [table[name] for name, table in zip(own, tables * 2)]
-            label = {"classify": labels[texts[0]], "pair": last, "retrieval": None}[self.task.kind]
-            return texts, read_label(self.task, {"label": last}) if self.task.kind == "pair" else label
+            return texts, read_label(self.task, {"label": last}) if self.task.kind == "pair" else labels[texts[0]]
 
         files = {split: form.split.format(split) for split in SPLITS}
         if (self.path / form.split.format("dev")).is_file():
@@ -1547,12 +1542,10 @@ class Unlabelled(Benchmark):
 def read_dataset(name: str, paths: list[str], wanted: Iterable[str], required: Iterable[str] = SPLITS[:2],
                  labels: list[str] | None = None, code_field: str | None = None, text_field: str | None = None,
                  whole: bool = False, **reading) -> Dataset:
-    """The data of a task; raises `Problem`.
+    """The data of a task, from the folder or file of a benchmark or, of mlm, the files of a corpus; raises `Problem`.
 
-    Args:
-        paths: of mlm a corpus, the standard library where there is none; else the folder or file of the benchmark.
-        wanted, required, labels: as for `Benchmark`. `whole`: all that is held out of a corpus is evaluated.
-        code_field, text_field: as for `Corpus`. reading: `limit`, `skip_bad` and `longest` of `Records`.
+    Without `paths` the corpus is the standard library. With `whole` all that is held out of a corpus is evaluated. The
+    other arguments are those of `Benchmark` and `Corpus`.
     """
     if TASKS[name].kind != "mlm":
         return Benchmark(name, paths[0], wanted, required, labels, **reading)
@@ -1642,10 +1635,12 @@ def read_sources(paths: list[str], languages: Iterable[str] = ()) -> Iterator[tu
         except (SyntaxError, UnicodeError, LookupError):
             skipped["not text in UTF-8 or its declared encoding"] += 1
         else:
-            if len(source) <= LARGEST_SOURCE:
-                yield source, language, well_formed(relative)
-            else:
+            if len(source) > LARGEST_SOURCE:
                 skipped[f"over {human_bytes(LARGEST_SOURCE)}"] += 1
+            elif not source.strip():
+                skipped["empty"] += 1
+            else:
+                yield source, language, well_formed(relative)
     info(f"{len(files):,} source files"
          + "".join(f"; {count:,} left out: {reason}" for reason, count in sorted(skipped.items())))
 
@@ -1674,7 +1669,7 @@ def cut_source(source: str, language: str) -> list[dict]:
     if language == "python":
         with suppress(*UNPARSABLE):
             return list(python_functions(source))
-    return [{"code": source}] if source.strip() else []
+    return [{"code": source}]
 
 
 def parse_python(source: str) -> ast.Module:
@@ -1726,8 +1721,7 @@ def python_functions(source: str) -> Iterator[dict]:
 
 
 def file_examples(path: str, kind: str) -> Iterator[Example]:
-    """An example to predict for of each source file under `path`; says how many files are empty and have none."""
-    empty = 0
+    """An example to predict for of each source file under `path` that holds code."""
     for source, _language, relative in read_sources([path], ["python"] if kind == "tag" else ()):
         texts, record = [source], {"path": os.path.join(path, relative) if os.path.isdir(path) else path}
         if kind == "tag":
@@ -1735,12 +1729,8 @@ def file_examples(path: str, kind: str) -> Iterator[Example]:
                 texts = record["tokens"] = typed_tokens(source, always=True)[0]
             except UNPARSABLE as error:
                 raise Problem(f"{record['path']}: not Python that parses ({error or type(error).__name__})") from None
-        if "".join(texts).strip():
+        if texts:  # of Python that is comments alone there is no token
             yield Example(texts, [UNK] * len(texts), record)
-        else:
-            empty += 1
-    if empty:
-        info(f"{path}: {empty:,} empty files have no prediction")
 
 
 # ---- generated benchmarks ---------------------------------------------------------------------------
@@ -1753,7 +1743,6 @@ NAME_FIELD = {ast.Name: "id", ast.arg: "arg", ast.alias: "asname", ast.FunctionD
 def obfuscate(code: str, method: bool = False) -> str | None:
     """A function with the names that it binds replaced by func, arg0, ..., var0, ..., its layout unchanged.
 
-    Replaced are its own name and those of its parameters, locals and nested functions, where they stand for variables.
     Attributes, keywords of calls, globals, strings and the names that an import without `as` binds stay. In a `method`
     its own name, used as a variable, is a global and stays. The result is None if a name is a variable in one scope and
     something else in another, or if the new code would not parse to the same tree up to these names.
@@ -1818,20 +1807,20 @@ def obfuscate(code: str, method: bool = False) -> str | None:
 def locate_name(node: ast.AST, name: str, code: str, positions: Positions) -> int:
     """The index at which the code spells the name of a node, -1 if it is not found."""
     begin, end = positions.span(node)
-    if isinstance(node, (ast.alias, ast.MatchAs, ast.MatchStar, ast.MatchMapping)):
-        return code.rfind(name, begin, end)  # import x as name; case x as name, *name, {**name}
+    if isinstance(node, (ast.Name, ast.alias, ast.MatchAs, ast.MatchStar, ast.MatchMapping)):
+        return code.rfind(name, begin, end)  # name; import x as name; case x as name, *name, {**name}
     if isinstance(node, ast.ExceptHandler):
         begin = positions.span(node.type)[1]
-    found = re.compile(rf"\b{name}\b").search(code, begin, end)  # name; def name, class name, nonlocal name, x as name
+    found = re.compile(rf"\b{name}\b").search(code, begin, end)  # name: int; def, class or nonlocal name; x as name
     return found.start() if found else -1
 
 
 def typed_tokens(source: str, always: bool = False) -> tuple[list[str], list[str | None], list[tuple[int, int]]]:
     """The tokens of Python source without annotations, the annotated type of each, and where functions begin and end.
 
-    The annotation of a parameter or a variable labels its name (of an attribute its last token), a return annotation
-    labels the name of the function. Comments and layout are left out, and so are functions inside functions from the
-    spans. A file without annotations gives nothing, unless `always`. Raises SyntaxError if it does not parse.
+    An annotation labels the name of the parameter, variable or function (of an attribute its last token). Left out are
+    comments, layout and, from the spans, functions inside functions. A file without annotations gives nothing, unless
+    `always`. Raises `UNPARSABLE`.
     """
     tree, positions = parse_python(source), Positions(source)
     typed = [node for node in ast.walk(tree) if getattr(node, "annotation", None) or getattr(node, "returns", None)]
