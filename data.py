@@ -1375,8 +1375,8 @@ class Benchmark(Dataset):
     def read_examples(self) -> None:
         """The splits of files with an example a line."""
         kind, files = self.task.kind, self.find_files()
-        self.sources = [source for _, source in files]
-        self.records = Records(self.sources, partial(parse_example, self.task), **self.reading)
+        self.records = Records([source for _, source in files], partial(parse_example, self.task), **self.reading)
+        self.sources += self.records.sources
         digests, splits, labels, names, candidate_names = array.array("Q"), [], [], [], []
         counts: Counter[str] = Counter()  # of the labels in the training split, where the task does not fix them
         for file, example in self.records:
