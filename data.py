@@ -1491,8 +1491,9 @@ class Benchmark(Dataset):
             files["valid"] = files["train"]
             self.notes.append("the validation split is a tenth of the training queries, by a hash")
         split_of = {files[split]: split for split in self.wanted if (self.path / files[split]).is_file()}
-        records, rows = Records([*map(self.open, split_of)], parse, **self.reading), []
-        for split, (texts, label) in ((list(split_of.values())[file], row) for file, row in records):
+        records, splits, rows = Records([*map(self.open, split_of)], parse, **self.reading), [*split_of.values()], []
+        for file, (texts, label) in records:
+            split = splits[file]
             if tenth and split != "test":
                 split = "valid" if hashed(texts[0]) == "valid" else "train"
             rows.append((split, texts, label))
