@@ -228,8 +228,7 @@ class Source(NamedTuple):
     def lines(self, longest: int = MAX_LINE) -> Iterator[tuple[int, "bytes | BadLine", int]]:
         """(line number from 1, line, position in the file) of each line that is not blank; raises `Problem`.
 
-        A line of more than `longest` bytes comes as a `BadLine`. Files that unpack to more than `MAX_RATIO` times their
-        size and files that change while they are read are refused.
+        A line of more than `longest` bytes comes as a `BadLine`. A bomb (see `MAX_RATIO`) or a changed file is refused.
         """
         number, unpacked, line = 0, 0, b""
         with self.open() as (stream, file):
@@ -496,8 +495,7 @@ DOCSTRING = re.compile(r"(?<=:)([ \t]*(?:#[^\n]{0,200})?\n\s*)([rRuU]?(?:"
 def separate_docstring(text: str, code: str) -> tuple[str, str]:
     """(text, code) in which the text occurs once: CodeSearchNet's Python code, say, holds its docstring too.
 
-    A docstring that contains the text, compared by letters and digits, is cut out of the code. A text that is elsewhere
-    in the code is dropped.
+    A docstring with the text's letters and digits is cut out of the code; a text elsewhere in the code is dropped.
     """
     def letters(string: str) -> str:
         return re.sub(r"\W+", "", string)
@@ -602,8 +600,7 @@ class Dataset:
     def sequences(self, tokenizer: "Tokenizer", ctx: int, wanted: np.ndarray, whole: bool) -> Iterator[Sequence]:
         """The ids of the wanted items, in order: <s> code or <s> text </s> code, at most ctx - 1 of them.
 
-        The text with its special tokens takes at most half of ctx. With `whole` all ids of the code come, so that a
-        window can begin at any place of it.
+        Text and its special tokens take at most half of ctx. With `whole` all code comes, for windows anywhere in it.
         """
         numbers, room = map(int, wanted), ctx // 2 - 2
         for block in blocks(map(self.strings, self.select(wanted))):
@@ -840,8 +837,7 @@ class TokenStore:
         return np.minimum(self.starts[items + 1] - self.starts[items] + 1, ctx)
 
     def sample(self, item: int, room: int, place: float = 0.0) -> np.ndarray:
-        """The ids of a sample without the last </s>, at most `room`: the head and, if the rest is too long, the window
-        of it that begins at `place` in [0, 1)."""
+        """At most `room` ids of a sample, without the last </s>: the head and the window from `place` in [0, 1) on."""
         ids = self.ids[self.starts[item]:self.starts[item + 1]]
         spare, head = len(ids) - room, self.heads[item]
         if spare <= 0:
@@ -1562,10 +1558,7 @@ def read_dataset(name: str, paths: list[str], wanted: Iterable[str], required: I
 
 def examples_to_predict(paths: Iterable[str], name: str,
                         longest: int = MAX_LINE) -> Iterator[tuple[str, Iterator[Example]]]:
-    """(name, examples) of each thing to predict for: JSONL, or source files and folders of them; raises `Problem`.
-
-    A field with code or text may have any of the known names.
-    """
+    """(name, examples) of each path: JSONL with fields of any known name, source files or folders; raises `Problem`."""
     task = TASKS[name]
     parse = partial(parse_example, task._replace(code=tuple(dict.fromkeys(task.code + CODE_FIELDS)),
                                                  text=tuple(dict.fromkeys(task.text + TEXT_FIELDS))), labelled=False)
