@@ -1262,8 +1262,8 @@ class Benchmark(Dataset):
     def __init__(self, name: str, path: str, wanted: Iterable[str] = SPLITS, required: Iterable[str] = SPLITS[:2],
                  labels: list[str] | None = None, **reading):
         self.name, self.path, self.task, self.reading = name, Path(path), TASKS[name], reading
-        self.wanted, self.labels = list(wanted), list(labels or self.task.labels)
-        self.windows = self.task.kind == "tag"
+        self.wanted, self.required = list(wanted), list(required)
+        self.labels, self.windows = list(labels or self.task.labels), self.task.kind == "tag"
         self.notes, self.sources, self.splits = [], [], {}
         if not self.path.exists():
             raise self.expected(f"{path}: no such file or folder")
@@ -1275,7 +1275,7 @@ class Benchmark(Dataset):
             self.read_tables(form)
         else:
             self.read_examples()
-        for split in required:
+        for split in self.required:
             if split not in self.splits:
                 raise self.no_split(split)
 
@@ -1362,11 +1362,11 @@ class Benchmark(Dataset):
         elif not found:
             raise self.expected(f"{self.path}: no train.jsonl there" + (", and more than one other file: " + listed(
                 path.name for path in paths) if paths else ""))
-        found = [(split, source) for split, source in found
-                 if split in (None, *self.wanted) or self.task.all_candidates]
-        if not found:
-            raise self.no_split(self.wanted[0])
-        return found
+        for split in self.required if found[0][0] else ():  # before anything is read
+            if split not in dict(found):
+                raise self.no_split(split)
+        return [(split, source) for split, source in found
+                if split in (None, *self.wanted) or self.task.all_candidates]
 
     def read_examples(self) -> None:
         """The splits of files with an example a line."""
