@@ -95,17 +95,17 @@ class S4D(nn.Module):
         z = self.log_step.to(**wide).exp() * A
         return z, (torch.view_as_complex(self.C.to(**wide)) * (torch.expm1(z) / A)).to(self.C.dtype.to_complex())
 
-    def powers(self, lags: torch.Tensor) -> torch.Tensor:
-        """A-bar^l = exp(l z) for each lag l, complex64 (..., N, len(lags)).
+    def powers(self, count: int, lag: int = 1) -> torch.Tensor:
+        """A-bar^l for l = 0, lag, ..., (count - 1) lag, complex64 (..., N, count).
 
         Computed in complex128 and rounded once: at l = 2,048 a float32 phase is wrong in its second digit.
         """
         z, C_bar = self.discretise()
-        return torch.exp(z[..., None] * lags.to(z.device)).to(C_bar.dtype)
+        return torch.exp(z[..., None] * (lag * torch.arange(count, device=z.device))).to(C_bar.dtype)
 
     def kernel(self, L: int) -> torch.Tensor:
         """K (..., L), float32, without D."""
-        return (self.discretise()[1][..., None] * self.powers(torch.arange(L))).real.sum(-2)
+        return (self.discretise()[1][..., None] * self.powers(L)).real.sum(-2)
 
 
 class Kernels(NamedTuple):
@@ -141,12 +141,12 @@ def make_kernels(ssms: list[S4D], c: int, n: int, m: int, dtype: torch.dtype, ca
     T = mirror(toeplitz(K + pad(ssm.D.to(K.device), (0, c - 1))), -2, -1)
     if n == 1:
         return [Kernels(layer) for layer in T.to(device, dtype)]
-    powers, C_bar = ssm.powers(torch.arange(c + 1)), ssm.discretise()[1]
+    powers, C_bar = ssm.powers(c + 1), ssm.discretise()[1]
     E = mirror(as_reals(powers[..., :c]).flip(-1), -1)
     # (the conjugate, because Re(x H) = Re(x) Re(H) - Im(x) Im(H))
     O = mirror(as_reals((C_bar[..., None] * powers[..., 1:]).conj_physical()).mT, -2)
     with torch.no_grad():
-        P = toeplitz(ssm.powers(c * torch.arange(min(n, m) + 1)))
+        P = toeplitz(ssm.powers(min(n, m) + 1, c))
         # each complex number as a real matrix [[Re, -Im], [Im, Re]]
         P = torch.stack([torch.stack([P.real, -P.imag], -2), torch.stack([P.imag, P.real], -2)], -4).flatten(1, 2)
     matrices = (torch.cat([T, O], -1).to(device, dtype), E.to(device, dtype),

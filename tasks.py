@@ -48,6 +48,7 @@ CLIP = 1.0  # the largest norm of the gradient
 SAVE_SECONDS = 300
 LOG_STEPS = 50
 COMPILING_PAYS = 100  # batches per length
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # that end a run once it has saved
 FAILING = 20  # steps in a row without a finite loss, after which a run ends
 
 
@@ -556,12 +557,19 @@ def compile_objective(objective: Objective, wanted: bool | None, pays: bool = Tr
     device = next(objective.parameters()).device
     if not (device.type == "cuda" and pays if wanted is None else wanted):
         return False
+    # the compiler's processes must survive a signal to the process group, or a compilation would wait for them forever
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
+        if device.type == "cuda":
+            from torch._inductor.async_compile import AsyncCompile  # slow to import
+            AsyncCompile.process_pool()
         torch.compile(lambda x: (x + 1).exp(), dynamic=False)(torch.zeros(8, device=device))
     except Exception as error:  # whatever is missing: Triton, a C++ compiler, a header
         reason = str(error).strip().splitlines() or [type(error).__name__]
         info(f"no compiler works on {device}, so nothing is compiled ({reason[0][:100]})")
         return False
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     # beyond these numbers of compilations dynamo would go on uncompiled, with only a warning
     torch._dynamo.config.cache_size_limit, torch._dynamo.config.accumulated_cache_size_limit = 256, 4096
     warnings.filterwarnings("ignore", message=".*(TensorFloat32|max_autotune_gemm|Online softmax)")
@@ -705,7 +713,7 @@ class Signals:
         self.number = 0  # of the last signal
 
     def __enter__(self):
-        self.before = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        self.before = {s: signal.signal(s, self.note) for s in SIGNALS}
         return self
 
     def __exit__(self, *_):
@@ -1211,7 +1219,7 @@ class Trainer:
         self.best: dict[str, Tensor] | None = None  # its weights
 
     def run(self) -> dict[str, float]:
-        """Train to the end and write the checkpoint. Returns the best evaluation's metrics; the objective has its weights.
+        """Train to the end and write the checkpoint; returns the metrics of the best evaluation and loads its weights.
 
         Whatever ends the run earlier, rank 0 saves the state first. Raises `Problem`, with exit code 129, 130 or 143
         for a signal and 1 for a failure, such as `FAILING` steps in a row without a finite loss.

@@ -192,7 +192,7 @@ def rows_of(kind, functions):
     if kind == "pair":
         return [{"code1": code, "code2": codes[i * 7 % len(codes)], "label": i % 2} for i, code in enumerate(codes)]
     if kind == "retrieval":
-        return [{"text": f["name"].replace("_", " "), "code": f["code"]} for f in functions]
+        return [{"text": "the " + f["name"].replace("_", " "), "code": f["code"]} for f in functions]
     return [{"tokens": words, "labels": [w if w in ("=", "if") else "other" if len(w) < 3 else None for w in words]}
             for words in (code.split() for code in codes)]
 

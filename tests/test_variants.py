@@ -1,11 +1,13 @@
 """The variants and the compared models against their equations in float64; what holds of every model and task."""
 import copy
 import math
+from contextlib import nullcontext
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import codessm
 import data
@@ -128,6 +130,36 @@ def test_each_task_trains_each_model(model, kind, make_case, tmp_path):
     for other in (objective.eval(), again):
         assert all(map(np.array_equal, outputs_of(other, case), said))
     assert math.isfinite(objective.score(tasks.evaluate(objective, case.valid, case.split)[0]))
+
+
+class Devices(TorchDispatchMode):
+    """Notes the operations whose results are on a CPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.on_cpu = set()
+
+    def __torch_dispatch__(self, operation, _types, args=(), kwargs=None):
+        result = operation(*args, **kwargs or {})
+        results = result if isinstance(result, (tuple, list)) else [result]
+        if any(isinstance(one, torch.Tensor) and one.device.type == "cpu" for one in results):
+            self.on_cpu.add(str(operation))
+        return result
+
+
+@pytest.mark.parametrize("model, kind", [*((model, "mlm") for model in MODELS),
+                                         *(("codessm-8k", kind) for kind in KINDS if kind != "mlm")])
+def test_a_step_stays_on_its_device(model, kind, make_case, monkeypatch):
+    """Nothing is made on the CPU and copied, nor read back: a CUDA graph could record neither."""
+    monkeypatch.setattr(torch, "autocast", lambda *_args, **_options: nullcontext())  # it does not know this device
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda _device: False)
+    case = make_case(kind, d=64, model=model)
+    objective = case.objective.to("meta")
+    objective.encoder.chunk = 16
+    tensors = {name: tensor.to("meta") for name, tensor in objective.prepare(case.train[0]).items()}
+    with Devices() as devices:
+        objective(tensors)[0].backward()
+    assert devices.on_cpu == set()
 
 
 @pytest.mark.parametrize("model", MODELS)
