@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import time
 from contextlib import contextmanager
@@ -45,42 +44,14 @@ def cli(*args, input=None):
     return result.exit_code, result.output
 
 
-def program(*args, **options):
-    """`python codessm.py ...` as a process of its own."""
-    return subprocess.Popen([sys.executable, str(ROOT / "codessm.py"), *map(str, args)], stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, **options)
-
-
-def command(folder, *args, stdin=os.devnull, **settings):
-    """A command in a folder, with settings of `tasks`; what it says goes to a file there, RANK.txt."""
+def command(folder, *args, stdin=os.devnull):
+    """A command in a folder; what it says goes to a file there, RANK.txt."""
     os.chdir(folder)
     said = os.open(f"{os.environ.get('RANK', 0)}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(said, 1)
     os.dup2(said, 2)
     sys.stdin = open(stdin)
-    vars(tasks).update(settings)
     codessm.cli([str(arg) for arg in args])
-
-
-class Forked(forkserver.Process):
-    """`program` without its five seconds of imports: a `command` in the current folder, much like a `Popen`."""
-
-    def __init__(self, *args, **settings):
-        super().__init__(target=command, args=(os.getcwd(), *args), kwargs=settings)
-        self.start()
-
-    def poll(self):
-        return self.exitcode
-
-    returncode = property(poll)
-
-    def send_signal(self, number):
-        os.kill(self.pid, number)
-
-    def communicate(self, timeout=60):
-        self.join(timeout)
-        assert self.exitcode is not None, "it goes on and on"
-        return "", Path("0.txt").read_text()
 
 
 @pytest.fixture(autouse=True)

@@ -2,9 +2,6 @@
 import os
 import resource
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import tokenizers
@@ -13,7 +10,7 @@ import torch
 import codessm
 import data
 import tasks
-from conftest import ROOT, TINY, Forked, cli, wait_for, write_lines
+from conftest import TINY, before_call, cli, send, write_lines
 
 
 def files():
@@ -34,7 +31,8 @@ def refused(*args, code=2):
 def odd_files(small, functions):
     """What the rows below name, beside small.jsonl."""
     for name, lines in dict(empty=[], blank=["", "  "], bad=["x"], few=functions[:8], one=functions[:1],
-                            third=[functions[0], "", "{'code': 1}"], mute=[{"code": c} for c in "abcdefghi"]).items():
+                            third=[functions[0], "", "{'code': 1}"], mute=[{"code": c} for c in "abcdefghi"],
+                            long=[{"code": "x" * 3_000_000}]).items():
         write_lines(f"{name}.jsonl", lines)
     os.mkdir("d")
     os.mkfifo("pipe")
@@ -45,6 +43,7 @@ def odd_files(small, functions):
 
 
 @pytest.mark.parametrize("args, message", [
+    ("long.jsonl --max-line 2", "long.jsonl:1: a line of more than 2.0 MB (--max-line"),
     ("nowhere.jsonl", "nowhere.jsonl: no such file"), ("*.nothing", "*.nothing: no such file"),
     ("empty.jsonl blank.jsonl", "empty.jsonl, blank.jsonl: no records"),
     ("bad.jsonl --skip-bad", "1 bad lines is bad.jsonl:1: not JSON"),
@@ -131,33 +130,12 @@ def test_a_disk_that_fills_up(small, monkeypatch, what, size, message):
 
 
 def test_standard_input_cannot_be_resumed(small):
-    run = Forked("pretrain", "-", *TINY, "--steps", 5000, stdin=small)
-    wait_for(lambda: os.path.exists("model.pt.state"), run)
-    run.send_signal(signal.SIGTERM)
-    _, said = run.communicate()
-    assert run.returncode == 143 and "cannot be read again" in said
-    code, said = cli("pretrain", "-", *TINY, "--steps", 5000, input=open(small, "rb").read())
+    command, lines = ["pretrain", "-", *TINY, "--steps", 9], open(small, "rb").read()
+    with before_call(tasks.Stepper, "step", 2, send(signal.SIGTERM)):
+        code, said = cli(*command, input=lines)
+    assert code == 143 and "cannot be read again" in said
+    code, said = cli(*command, input=lines)
     assert code == 2 and "standard input or a pipe" in said and "--restart" in said
-
-
-def test_interrupted_before_training(small, monkeypatch):
-    """While it waits for its input."""
-    os.mkfifo("pipe")
-    pipe, runs = os.open("pipe", os.O_RDWR), {}
-    for code, number in ((130, signal.SIGINT), (143, signal.SIGTERM), (129, signal.SIGHUP)):
-        os.mkdir(str(code))
-        monkeypatch.chdir(str(code))
-        runs[code] = number, Forked("pretrain", "-", *TINY, stdin="../pipe")
-        monkeypatch.chdir("..")
-    for code, (number, run) in runs.items():
-        wait_for(lambda: os.path.exists(f"{code}/model.pt.jsonl"), run)
-        time.sleep(0.5)
-        run.send_signal(number)
-        run.join(60)
-        said = open(f"{code}/0.txt").read()
-        assert run.exitcode == code and said.strip().endswith("interrupted: nothing is lost"), said
-        assert os.listdir(str(code)) == ["0.txt"]
-    os.close(pipe)
 
 
 def test_help_has_an_example():
@@ -165,15 +143,3 @@ def test_help_has_an_example():
         code, said = cli(command, "--help")
         assert code == 0 and f"Example: codessm {command} " in said
     assert cli("--version") == (0, f"codessm, version {codessm.__version__}\n")
-
-
-def test_streams_that_are_full_or_gone(small, tmp_path):
-    """No standard error and a reader of standard output that goes; a full standard error, and input from a pipe."""
-    (tmp_path / "temporary").mkdir()
-    python, settings = f"{sys.executable} {ROOT}/codessm.py", {**os.environ, "TMPDIR": str(tmp_path / "temporary")}
-    gone, full = (subprocess.Popen(f"{python} {rest}", shell=True, text=True, stdout=subprocess.PIPE, env=settings)
-                  for rest in (f"corpus {ROOT}/data.py 2>&- | head -c 10",
-                               f"pretrain - {' '.join(TINY)} --steps 2 <{small} 2>/dev/full"))
-    assert gone.communicate(timeout=60)[0] == '{"code": "'
-    assert "model.pt: 2 steps" in full.communicate(timeout=60)[0] and full.returncode == 0
-    assert codessm.load("model.pt") and not os.listdir("temporary")

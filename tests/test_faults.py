@@ -24,7 +24,7 @@ from conftest import ROOT, TINY, before_call, cli, command, die, forkserver, sam
 from data import Problem
 
 # twelve steps, eight an epoch, at whose end the state is saved; evaluations before steps 0, 5, 10 and at the end
-RUN = ["pretrain", "small.jsonl", *TINY, "--steps", 12, "--eval-every", 5]
+RUN = ["pretrain", "small.jsonl", *TINY, "--steps", 12, "--eval-every", 5, "--model", "codessm-do"]
 FUNCTIONS = {"a step": (tasks.Stepper, "step"), "a batch": (data.Batches, "__getitem__"),
              "masks": (tasks.MLM, "prepare"), "an evaluation": (tasks, "evaluate"), "log": (tasks.Output, "record"),
              "saving": (torch, "save")}
@@ -220,57 +220,22 @@ def test_a_run_killed_at_any_moment_goes_on_from_whole_files(undisturbed, functi
         assert ("going on" in said) == (step is not None), (kill, said)
 
 
-# ---- standard error that fails ----------------------------------------------------------------------
+# ---- streams that fail ------------------------------------------------------------------------------
 
-class Failing(io.StringIO):
-    """Writes fail from a number on, and flushes with them."""
-
-    def __init__(self, number, error):
-        super().__init__()
-        self.left, self.error = number, error
-
-    def write(self, text):
-        written = super().write(text)  # what is no text is refused first
-        self.left -= 1
-        self.flush()
-        return written
-
-    def flush(self):
-        if self.left < 0:
-            raise self.error
-
-
-def test_a_run_does_not_end_where_standard_error_fails(undisturbed, small, quick, monkeypatch):
-    """From any write on: the exit code and the files are those of a run that is heard."""
-    def ended(*args):
-        with pytest.raises(SystemExit) as end:
-            codessm.cli([str(arg) for arg in args])
-        return end.value.code
-
-    errors = OSError(28, "No space left on device"), ValueError("I/O operation on closed file"), BrokenPipeError()
-    for stream in (*(Failing(number, errors[number % 3]) for number in (0, 1, 2, 3, 5, 7, 9, 13)), None):
-        monkeypatch.setattr(sys, "stderr", stream)
-        with before_call(tasks.Stepper, "step", 4, send(signal.SIGHUP)):
-            assert ended(*RUN) == 129 and tasks.read("model.pt.state")["step"] == 4
-        with before_call(tasks.Stepper, "step", 2, throw(Panic())):
-            assert ended(*RUN) == 1 and tasks.read("model.pt.state")["step"] == 5
-        assert ended(*RUN, "--lr", 1) == 2 and ended(*RUN, "--no-such-option") == 2
-        assert ended(*RUN) == 0 and same(weights("model.pt"), undisturbed[0])
-        assert stream is None or stream.left < 0
-        os.remove("model.pt")
-
-
-def test_standard_error_closed_and_full_of_a_real_program(small):
-    """It ends by itself, and by a signal."""
-    runs = {way: subprocess.Popen(["sh", "-c", f'exec "$@" 2>{way}', "sh", sys.executable, ROOT / "codessm.py",
-                                   *map(str, ["pretrain", small, *TINY, "--steps", steps, "-o", f"{name}.pt"])],
-                                  stdout=subprocess.PIPE, text=True)
-            for way, name, steps in (("&-", "closed", 9), ("/dev/full", "full", 5000))}
-    wait_for(lambda: os.path.exists("full.pt.state"), runs["/dev/full"])
-    runs["/dev/full"].send_signal(signal.SIGTERM)
-    said = {way: run.communicate(timeout=60)[0] for way, run in runs.items()}
-    assert {way: run.returncode for way, run in runs.items()} == {"&-": 0, "/dev/full": 143}, said
-    assert "closed.pt: 9 steps in" in said["&-"] and codessm.load("closed.pt") and codessm.load("full.pt.state")
+def test_streams_that_are_full_or_gone(small, tmp_path):
+    """Standard error that is closed or full, a reader of standard output that goes, a signal, and input from a pipe."""
+    (tmp_path / "temporary").mkdir()
+    python, train = f"exec {sys.executable} {ROOT}/codessm.py", f"pretrain - {' '.join(TINY)} <{small} 2>/dev/full"
+    gone, ended, stopped = (
+        subprocess.Popen(f"{python} {rest}", shell=True, text=True, stdout=subprocess.PIPE,
+                         env={**os.environ, "TMPDIR": str(tmp_path / "temporary")})
+        for rest in (f"corpus {ROOT}/data.py 2>&- | head -c 10", f"{train} --steps 2", f"{train} --steps 5000 -o s.pt"))
+    wait_for(lambda: os.path.exists("s.pt.state"), stopped)
+    stopped.send_signal(signal.SIGTERM)
+    assert gone.communicate(timeout=60)[0] == '{"code": "'
+    assert "model.pt: 2 steps" in ended.communicate(timeout=60)[0] and codessm.load("model.pt")
+    assert stopped.wait(60) == 143 and codessm.load("s.pt.state")
+    assert ended.returncode == 0 and not os.listdir("temporary")
 
 
 # ---- damaged files ----------------------------------------------------------------------------------
@@ -415,14 +380,6 @@ def test_states_that_do_not_fit_are_refused(unfinished):
 
 
 # ---- strangers' files -------------------------------------------------------------------------------
-
-def test_long_lines(small, functions, quick):
-    write_lines("long.jsonl", [*functions[:20], {"code": "x" * 3_000_000}, *functions[20:40]])
-    command = ["pretrain", "long.jsonl", *TINY, "--steps", 1, "--max-line"]
-    code, said = cli(*command, 2)
-    assert code == 2 and "long.jsonl:21: a line of more than 2.0 MB" in said and "--max-line" in said
-    assert "40 records" in cli(*command, 2, "--skip-bad")[1] and "41 records" in cli(*command, 4, "--restart")[1]
-
 
 def test_paths_in_data_are_not_opened(small, quick, functions, tmp_path):
     """A pipe, which would be waited for, is what every field names that might be taken for a file."""

@@ -2,7 +2,6 @@
 import json
 import math
 import os
-import signal
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ import torch
 
 import codessm
 import tasks
-from conftest import TINY, before_call, cli, same, send, weights, write_case
+from conftest import TINY, cli, same, weights, write_case
 from test_model import gelu_reference, layer_norm_reference
 
 
@@ -207,18 +206,6 @@ def test_runs_of_different_models_see_the_same(small, quick, monkeypatch):
     for model in models[1:]:
         assert logs[model] == logs["codessm"] and len(seen[model]) == len(seen["codessm"]) > 5
         assert all(map(same, seen[model], seen["codessm"]))
-
-
-def test_dropout_goes_on_where_it_was(small, quick):
-    """An interrupted run ends with the weights of an undisturbed one."""
-    command = ["pretrain", small, *TINY, "--steps", 6, "--eval-every", 6, "--model", "codessm-do"]
-    assert cli(*command, "-o", "whole.pt")[0] == 0
-    with before_call(tasks.Stepper, "step", 3, send(signal.SIGINT)):
-        assert cli(*command, "-o", "cut.pt")[0] == 130
-    torch.manual_seed(7)
-    assert cli(*command, "-o", "cut.pt")[0] == 0 and same(weights("cut.pt"), weights("whole.pt"))
-    assert cli(*command[:-1], "codessm", "-o", "without.pt")[0] == 0
-    assert not same(weights("without.pt"), weights("whole.pt"))
 
 
 def test_learned_positions_bound_ctx(small, quick, functions, tmp_path):

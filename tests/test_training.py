@@ -5,7 +5,6 @@ import json
 import math
 import os
 import signal
-import time
 import types
 from functools import partial
 
@@ -16,7 +15,7 @@ import torch
 import codessm
 import data
 import tasks
-from conftest import KINDS, TINY, Forked, before_call, cli, same, send, wait_for, weights
+from conftest import KINDS, TINY, before_call, cli, same, send, weights
 from data import Batch
 
 
@@ -334,21 +333,6 @@ def test_tokens_of_a_large_corpus_are_kept_for_a_run_that_goes_on(small, quick, 
     tokenised.clear()
     assert cli(*command)[0] == 0 and tokenised == [] and same(weights("model.pt"), weights("whole.pt"))
     assert not os.path.exists("model.pt.tokens")
-
-
-def test_a_run_killed_at_random_moments_ends_as_an_undisturbed_one(small):
-    """Each time the same command again; states are saved at the ends of epochs, or (0 seconds) in between as well."""
-    command, waits = ["pretrain", small, *TINY, "--steps", 40], np.random.default_rng().random(2) / 5
-    assert cli(*command, "-o", "whole.pt")[0] == 0
-    for save_seconds, wait in zip((300, 0), waits):
-        run = Forked(*command, "-o", "m.pt", SAVE_SECONDS=save_seconds)
-        wait_for(lambda: os.path.exists("m.pt.state") and "training" in open("0.txt").read(), run)
-        time.sleep(wait)
-        run.kill()
-        run.join()
-    code, said = cli(*command, "-o", "m.pt")
-    assert code == 0 and "going on from step" in said and same(weights("m.pt"), weights("whole.pt")), waits
-    assert open("m.pt.jsonl").read() == open("whole.pt.jsonl").read() and not os.path.exists("m.pt.state"), waits
 
 
 def test_one_run_an_output(small, quick):
