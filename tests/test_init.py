@@ -1,5 +1,4 @@
 """Starting from other weights, and runs of different models that can be compared."""
-import json
 import math
 import os
 
@@ -9,7 +8,7 @@ import torch
 
 import codessm
 import tasks
-from conftest import TINY, cli, same, weights, write_case
+from conftest import TINY, cli, weights, write_case
 from test_model import gelu_reference, layer_norm_reference
 
 
@@ -156,8 +155,8 @@ def test_a_run_starts_from_given_weights(small, quick, monkeypatch, functions, t
     still = ["--lr", 1e-12, "--init", "a.pt", "-o"]
     assert cli(*command, "--vocab", 400, "-o", "a.pt")[0] == 0
     before = weights("a.pt")
-    code, said = cli(*command, "--init", "a.pt", "-o", "b.pt", "--model", "codessm-8k")
-    assert code == 0 and "peak learning rate 5e-05" in said, said
+    code, said = cli(*command, "--init", "a.pt", "-o", "b.pt", "--kernels", 8)
+    assert code == 0 and "8 kernels per direction" in said and "peak learning rate 5e-05" in said, said
     assert "a.pt (codessm, 1 x 160): taken layers 0-0, bias" in said and "random nothing;" in said
     after = codessm.load("b.pt")
     assert after.tokenizer.text == codessm.load("a.pt").tokenizer.text and after.encoder.config["kernels"] == 8
@@ -185,29 +184,6 @@ def test_a_run_starts_from_given_weights(small, quick, monkeypatch, functions, t
 
 # ---- every model ------------------------------------------------------------------------------------
 
-def test_runs_of_different_models_see_the_same(small, quick, monkeypatch):
-    """The same batches, masks, rates and evaluations at one seed, whatever random numbers a model draws."""
-    seen, logs, prepare = {}, {}, tasks.MLM.prepare
-
-    def record(objective, batch):
-        tensors = prepare(objective, batch)
-        seen.setdefault(objective.encoder.config["model"], []).append(
-            {"training": torch.tensor(objective.training)} | tensors)
-        return tensors
-
-    monkeypatch.setattr(tasks.MLM, "prepare", record)
-    models = ("codessm", "codessm-do", "bertcoder")
-    for model in models:
-        code, said = cli("pretrain", small, *TINY, "--steps", 4, "--eval-every", 4, "--model", model, "-o",
-                         f"{model}.pt")
-        assert code == 0, said
-        logs[model] = [{key: line[key] for key in ("step", "lr", "tokens", "epoch") if key in line}
-                       for line in map(json.loads, open(f"{model}.pt.jsonl"))]
-    for model in models[1:]:
-        assert logs[model] == logs["codessm"] and len(seen[model]) == len(seen["codessm"]) > 5
-        assert all(map(same, seen[model], seen["codessm"]))
-
-
 def test_learned_positions_bound_ctx(small, quick, functions, tmp_path):
     assert cli("pretrain", small, *TINY, "--steps", 1, "--model", "bertcoder")[0] == 0
     os.mkdir("toy")
@@ -225,14 +201,3 @@ def test_learned_positions_bound_ctx(small, quick, functions, tmp_path):
         assert not os.path.exists("x.pt")
     assert cli("evaluate", "mlm", "--ckpt", "model.pt", "--data", small)[0] == 0
     assert cli(*args, "-o", "x.pt", "--ctx", 24)[0] == 0 and codessm.load("x.pt").ctx == 24
-
-
-def test_any_divisor_will_do_as_kernels_and_nothing_else(small, quick):
-    code, said = cli("pretrain", small, *TINY, "--steps", 1, "--kernels", 4, "-o", "k.pt")
-    assert code == 0 and "4 kernels per direction" in said
-    assert codessm.load("k.pt").encoder.layers[0].forward_ssm.C.shape == (4, 64, 2)
-    for command in (["pretrain", *TINY], ["finetune", "classify", "--size", "tiny"]):
-        for args, message in ((["--kernels", 3], "3 cannot share 64 channels"),
-                              (["--kernels", 2, "--model", "codef"], "codef has no S4D kernels")):
-            code, said = cli(*command, *args)
-            assert code == 2 and message in said.replace("\n", " "), said

@@ -310,29 +310,17 @@ def test_a_run_writes_what_it_says_and_once_finished_nothing(small, quick):
 
 
 def test_neither_pipes_nor_the_token_store_change_the_result_and_the_seed_does(small, quick, monkeypatch):
+    """Tokens of a large corpus are kept beside the output until the run ends: when it goes on it makes none."""
     command = ["pretrain", *TINY, "--steps", 12]
     assert cli(*command, small, "-o", "a.pt")[0] == 0
     assert cli(*command, "-", "-o", "b.pt", input=gzip.compress(open(small, "rb").read()))[0] == 0
     assert cli(*command, small, "-o", "d.pt", "--seed", 1)[0] == 0
     monkeypatch.setattr(data, "IN_MEMORY", 0)
-    assert cli(*command, small, "-o", "c.pt")[0] == 0
+    with before_call(tasks.Stepper, "step", 3, send(signal.SIGTERM)):
+        assert cli(*command, small, "-o", "c.pt")[0] == 143 and os.path.getsize("c.pt.tokens")
+    with before_call(data.Corpus, "sequences", 0, None) as tokenised:
+        assert cli(*command, small, "-o", "c.pt")[0] == 0 and tokenised == [] and not os.path.exists("c.pt.tokens")
     assert [same(weights("a.pt"), weights(f"{other}.pt")) for other in "bcd"] == [True, True, False]
-
-
-def test_tokens_of_a_large_corpus_are_kept_for_a_run_that_goes_on(small, quick, monkeypatch):
-    """Beside the output, until it ends: they are made once."""
-    monkeypatch.setattr(data, "IN_MEMORY", 0)
-    command = ["pretrain", small, *TINY, "--steps", 12]
-    sequences, tokenised = data.Corpus.sequences, []
-    monkeypatch.setattr(data.Corpus, "sequences", lambda *args: tokenised.append(1) or sequences(*args))
-    assert cli(*command, "-o", "whole.pt")[0] == 0 and not os.path.exists("whole.pt.tokens")
-    for stop in (3, 2):
-        with before_call(tasks.Stepper, "step", stop, send(signal.SIGTERM)):
-            assert cli(*command)[0] == 143
-        assert os.path.getsize("model.pt.tokens")
-    tokenised.clear()
-    assert cli(*command)[0] == 0 and tokenised == [] and same(weights("model.pt"), weights("whole.pt"))
-    assert not os.path.exists("model.pt.tokens")
 
 
 def test_one_run_an_output(small, quick):
