@@ -677,9 +677,9 @@ def test_corpus_command(tmp_path):
 
 def test_standard_error_that_fails_is_silent(monkeypatch):
     """Full, closed, or none; while it works, control characters are escaped on it, as data may hold some."""
-    works, full, closed = io.StringIO(), open("/dev/full", "w", buffering=1), open(os.devnull, "w")
+    works, full, late, closed = io.StringIO(), open("/dev/full", "w", 1), open("/dev/full", "w"), open(os.devnull, "w")
     closed.close()
-    for stream in (works, full, closed, None):
+    for stream in (works, full, late, closed, None):  # (the third fails when it is flushed)
         monkeypatch.setattr(sys, "stderr", data.QuietStream(stream))
         data.info("a label: \x1b[31m")
         Problem("a\nb\x9bé").show()

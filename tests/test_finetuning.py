@@ -245,6 +245,7 @@ def test_learns_what_can_be_learnt(kind, toys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     metric, learned = METRIC[kind], json.loads((toys / f"{kind}.json").read_text())
     assert learned[f"valid_{metric}"] > 0.95 and learned[f"test_{metric}"] > 0.95
+    assert f'"test_{metric}": ' in open(toys / f"{kind}.pt.jsonl").read()
     # evaluate says what finetune said, and the file of predictions holds what was scored
     again = result("evaluate", kind, "--ckpt", toys / f"{kind}.pt", "--data", toys / kind, "--predictions", "p")
     assert again[metric] == pytest.approx(learned[f"test_{metric}"], abs=1e-9) and again["examples"] == 64

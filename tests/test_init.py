@@ -1,6 +1,7 @@
 """Starting from other weights, and runs of different models that can be compared."""
 import math
 import os
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 import codessm
 import tasks
 from conftest import TINY, cli, weights, write_case
-from test_model import gelu_reference, layer_norm_reference
+from test_model import affine, gelu_reference, layer_norm_reference, recurrence
 
 
 # ---- BiGS -------------------------------------------------------------------------------------------
@@ -45,21 +46,13 @@ def bigs_logits(p, ids, layers, positions):
     """What BiGS computes (Wang et al. 2023) of tokens of type 0, in float64: real flips, and SSMs as recurrences."""
     p = {name: tensor.double().numpy() for name, tensor in p.items()}
 
-    def dense(name, x):
-        return x @ p[name + ".weight"].T + p[name + ".bias"]
+    dense = partial(affine, p)
 
     def norm(name, x):
         return layer_norm_reference(x) * p[name + ".weight"] + p[name + ".bias"]
 
     def s4(name, u):
-        A = np.minimum(p[name + ".kernel.A_re"], -1e-4) + 1j * p[name + ".kernel.A_im"]
-        dt = np.exp(p[name + ".kernel.log_step"])
-        C = p[name + ".kernel.C"] @ [1, 1j] * (np.exp(dt * A) - 1) / A
-        h, y = np.zeros((len(A), u.shape[1]), complex), []
-        for u_t in u:
-            h = np.exp(dt * A)[:, None] * h + u_t
-            y.append((C @ h).real + p[name + ".D"] * u_t)
-        return np.array(y)
+        return recurrence({key.rpartition(".")[2]: p[key] for key in p if key.startswith(name + ".")}, u)
 
     x = p["bigs.embeddings.word_embeddings.weight"][ids] + p["bigs.embeddings.token_type_embeddings.weight"][0]
     if positions:
@@ -109,20 +102,14 @@ def test_from_bigs_weights_it_computes_what_bigs_does(model, nest, prefix, witho
     assert ("positions.weight" in said.split("not taken")[1]) == (model != "codessm-pos")
 
 
-def test_of_fewer_positions_the_others_stay_random(start, tokenizer, make_case):
-    p = bigs_dict(tokenizer.vocab, positions=9)
+def test_of_fewer_positions_the_others_stay_random_and_of_another_vocabulary_the_embedding(start, tokenizer, make_case):
+    p = bigs_dict(tokenizer.vocab + 1, positions=9)
     objective, said = start(p, "codessm-pos")
-    before = make_case("mlm", d=16, ctx=24, model="codessm-pos").objective.encoder.positions.weight
-    ours = objective.encoder.positions.weight
-    assert "of positions the first 9" in said and "random nothing" in said and torch.equal(ours[9:], before[9:])
-    assert torch.equal(ours[:9], p["bigs.embeddings.position_embeddings.weight"])
-
-
-def test_of_another_vocabulary_the_embedding_stays_random(start, tokenizer, make_case):
-    objective, said = start(bigs_dict(tokenizer.vocab + 1))
-    assert "random bias, encoder.embedding.weight (another vocabulary)" in said
-    before, after = make_case("mlm", d=16, ctx=24).objective.state_dict(), objective.state_dict()
+    assert "of positions the first 9" in said and "random bias, encoder.embedding.weight (another vocabulary)" in said
+    before, after = make_case("mlm", d=16, ctx=24, model="codessm-pos").objective.state_dict(), objective.state_dict()
     assert {name for name in before if torch.equal(before[name], after[name])} == {"bias", "encoder.embedding.weight"}
+    ours, old = after["encoder.positions.weight"], before["encoder.positions.weight"]
+    assert torch.equal(ours[:9], p["bigs.embeddings.position_embeddings.weight"]) and torch.equal(ours[9:], old[9:])
 
 
 def test_what_cannot_be_taken_is_named(small):

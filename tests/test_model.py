@@ -58,8 +58,8 @@ def pair(N=64, k=1, step=None, A_re=None):
 
 
 def discretised(ssm):
-    """A-bar (k, N), C-bar (k, N) and D (k, 1) of an S4D, in float64."""
-    p = numbers(ssm)
+    """A-bar (k, N), C-bar (k, N) and D (k, 1) of an S4D, or of its parameters, in float64."""
+    p = ssm if isinstance(ssm, dict) else numbers(ssm)
     A = np.minimum(p["A_re"], -1e-4) + 1j * p["A_im"]
     A_bar = np.exp(np.exp(p["log_step"]) * A)
     C_bar = (p["C"][..., 0] + 1j * p["C"][..., 1]) * (A_bar - 1) / A
@@ -286,6 +286,8 @@ def test_initialisation():
         assert abs(layer.v.weight.std() / (0.64 / math.sqrt(128)) - 1) < 0.03 and not layer.v.bias.any()
         assert (ssm.A_re == -0.5).all() and torch.allclose(ssm.A_im, torch.pi * torch.arange(64))
         assert 0.01 <= ssm.log_step.exp() <= 1
+    local = Encoder(9, 64, 1, model="codessm-hf").layers[0].local  # they begin as nothing
+    assert len(local) == 2 and not any(convolution(torch.randn(1, 9, 64)).any() for convolution in local)
     assert abs(torch.cat([m.C.flatten() for m in encoder.modules() if isinstance(m, S4D)]).var() - 0.5) < 0.1
 
 
