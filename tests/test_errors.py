@@ -128,6 +128,7 @@ def test_a_disk_that_fills_up(small, monkeypatch, what, size, message):
     assert code == 1 and message in said and "Traceback" not in said
     assert open("model.pt", "rb").read() == old and codessm.load("model.pt")
     assert set(os.listdir()) <= {"model.pt", "model.pt.jsonl", "small.jsonl"}
+    assert what != "log" or not os.path.exists("model.pt.jsonl")  # (no part of a line stays, so nothing)
 
 
 def test_standard_input_cannot_be_resumed(small):

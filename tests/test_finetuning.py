@@ -342,11 +342,8 @@ def test_what_the_commands_refuse(toys, small, quick):
             (["predict", "--ckpt", pair, "b.c"], "b.c: a model for pair needs JSONL"),
             (["predict", "--ckpt", tag, "b.c"], "Python files"), (["finetune", "summarise"], "value for 'TASK'"),
             (["predict", "--ckpt", classify, "bad.jsonl"], "bad.jsonl:2: not JSON"),
-            (["predict", "--ckpt", small, small], f"{small} is not a codessm checkpoint"),
             (["finetune", "classify", "--ckpt", "model.pt", "--size", "tiny"], "--ckpt brings its own"),
-            (["finetune", "classify", "--ckpt", "gone.pt"], "gone.pt: No such file"),
             (["finetune", "classify", "--ckpt", classify, "-o", classify, "--restart"], "would replace what --ckpt"),
-            (["finetune", "classify", "--steps", 1, "--epochs", 1], "--steps or --epochs"),
             (["finetune", "complexity", "--data", small], f'{small}:1: no field "complexity"')):
         code, said = cli(*args)
         assert code == 2 and message in said.replace("\n  ", " ") and "Traceback" not in said, said

@@ -99,8 +99,7 @@ def cases(functions, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(cases, tokenizer):
-    assert ended(launch(1, several, cases / "found.pt", cases, tokenizer.text)) == [0]
-    return torch.load(cases / "found.pt", weights_only=False)
+    return work(cases, tokenizer)
 
 
 @pytest.mark.parametrize("count", [2, 4])
