@@ -366,17 +366,6 @@ def test_states_that_do_not_fit_are_refused(unfinished):
 
 # ---- strangers' files -------------------------------------------------------------------------------
 
-def test_paths_in_data_are_not_opened(small, quick, functions, tmp_path):
-    """A pipe, which would be waited for, is what every field names that might be taken for a file."""
-    os.mkfifo("pipe")
-    path = str(tmp_path / "pipe")
-    fields = dict.fromkeys(("path", "file", "filename", "url", "repo", "idx", "docstring", "text", "include"), path)
-    codes = [f"open({path!r})\n{f['code']}" for f in functions[:65]] + [path, f"file://{path}", f"@{path}"]
-    write_lines("c.jsonl", [{"code": code} | fields for code in codes])
-    code, said = cli("pretrain", "c.jsonl", *TINY, "--steps", 1)
-    assert code == 0, said
-
-
 PIECES = [b"[" * 5000, b'{"a":' * 5000, b"\x00", b"\xff\xfe", b"\xef\xbb\xbf", b"NaN", b"1e999", b"-", b'"', b"\\ud800",
           b"\r", b"\n", b"\t", b"9" * 5000, b"null", b"[]", b"{}", b"true", b"\x1f\x8b\x08\x00", b",", b'\\u0000"',
           "\u2028\U0010ffff".encode(), b"<s>", b"1" * 20, b"-1", b" "]
@@ -393,10 +382,14 @@ def broken(content, rng):
 
 
 def test_mutated_files_are_read_or_refused(functions, corpus, tokenizer, make_case, tmp_path):
-    """Some thousands of mutated lines and files for all readers: a result or one clear error."""
+    """Some thousands of mutated lines and files for all readers: a result or one clear error.
+
+    A pipe, which would be waited for, is what many fields name that might be taken for a file."""
+    os.mkfifo(tmp_path / "pipe")
+    paths = dict.fromkeys(("path", "file", "filename", "url", "repo", "include"), str(tmp_path / "pipe"))
     rng, parsers = random.Random(0), [(corpus.parse, json.dumps(f).encode()) for f in functions[:5]]
     parsers += [(partial(data.parse_example, task), task.line.encode()) for task in data.TASKS.values() if task.line]
-    lines = "".join(json.dumps(f | {"label": str(i % 2), "text": "t", "idx": i}) + "\n"
+    lines = "".join(json.dumps(f | paths | {"label": str(i % 2), "text": "t", "idx": i}) + "\n"
                     for i, f in enumerate(functions[:30])).encode()
     tasks.save(tmp_path / "m.pt", make_case("mlm").objective)
     with zipfile.ZipFile(tmp_path / "c.zip", "w", zipfile.ZIP_DEFLATED) as file:

@@ -148,10 +148,11 @@ def test_a_run_starts_from_given_weights(small, quick, monkeypatch, functions, t
     after = codessm.load("b.pt")
     assert after.tokenizer.text == codessm.load("a.pt").tokenizer.text and after.encoder.config["kernels"] == 8
     assert all((value - before[name]).abs().max() < 1e-3 for name, value in after.state_dict().items())
-    code, said = cli(*command, *still, "c.pt", "--vocab", 380, "--seed", 1)
+    code, said = cli(*command, *still, "c.pt", "--vocab", 380, "--seed", 1, "--model", "codessm-8k")
     assert code == 0 and "random bias, encoder.embedding.weight (another vocabulary)" in said, said
     after, name = weights("c.pt"), "encoder.embedding.weight"
     assert torch.allclose(after["encoder.layers.0.v.weight"], before["encoder.layers.0.v.weight"], atol=1e-6)
+    assert len(after["encoder.layers.0.forward_ssm.D"]) == 8
     assert len(after["bias"]) == 380 and not torch.allclose(after[name], before[name][:380], atol=1e-3)
     for args, message in ((["--size", "tiny"], "a.pt (codessm, 1 x 160) does not fit codessm, 1 x 64: dense.bias"),
                           (["--model", "zamba"], "a.pt is a codessm, whose layers are not those of zamba")):
