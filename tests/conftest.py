@@ -44,6 +44,13 @@ def cli(*args, input=None):
     return result.exit_code, result.output
 
 
+def says(code, parts, *args, input=None):
+    """Checks that a command ends with this exit code and prints one part, or a list of parts, and no traceback."""
+    found, said = cli(*args, input=input)
+    assert found == code and "Traceback" not in said, said
+    assert all(part in said for part in ([parts] if isinstance(parts, str) else parts)), said
+
+
 def command(folder, *args, stdin=os.devnull):
     """A command in a folder; what it says goes to a file there, RANK.txt."""
     os.chdir(folder)

@@ -21,7 +21,7 @@ import pytest
 import tokenizers
 
 import data
-from conftest import cli, forkserver, peak, rows_of, write_lines
+from conftest import cli, forkserver, peak, rows_of, says, write_lines
 from data import BadLine, Batches, Corpus, Problem, Sequence, Source, TokenStore, field, separate_docstring
 
 
@@ -92,15 +92,23 @@ DEF, RETURN = "def f():\n    ", "    return 1\n"
     ("Add\n    one.", DEF + "'''\n    Add\n    one.\n    '''\n" + RETURN, ("Add\n    one.", "def f():\n" + RETURN)),
     ("Add.", DEF + 'r"""Add."""', ("Add.", "def f():\n    pass")),
     ("Add.", DEF + '"""Add. \\""" and "more"."""\n' + RETURN, ("Add.", "def f():\n" + RETURN)),
-    ("Add one.", "x = 1", ("Add one.", "x = 1")),
-    ("  ", "x = 1", ("", "x = 1")),
+    *((text, DEF + '"""Add \\n."""\n' + RETURN, (text, "def f():\n" + RETURN))
+      for text in ("Add \n.", "Add \\n.")),  # its value, and as it is spelt
+    ("Add.", DEF + '"""Add."""  # noqa\n' + RETURN, ("Add.", DEF + "# noqa\n" + RETURN)),
+    ("Add.", "def f():  # f\n\n    'Add.'\n    print x\n", ("Add.", "def f():  # f\n\n    print x\n")),
+    ("Add.", '@foo(\n    "a",\n    "b")\ndef f():\n    """Add."""\n    print x\n',
+     ("Add.", '@foo(\n    "a",\n    "b")\ndef f():\n    print x\n')),
+    ("Add two.", 'class A:\n    """A class."""\n    def f():\n        """Add  two\n        ."""\n' + RETURN,
+     ("Add two.", 'class A:\n    """A class."""\n    def f():\n' + RETURN)),
+    ("Add one.", "x = 1", ("Add one.", "x = 1")), ("  ", "x = 1", ("", "x = 1")),
     *((text, code, ("", code)) for text, code in (
         ("Add one.", "# Add one.\nx += 1"), ("name", 'def f(d):\n    return d["name"]\n'), ("Hello", 'x = "Hello"\ny'),
         ("Add.", DEF + '"""Add.""" + """2"""\n' + RETURN), ("Add.", DEF + "'Add.' + '2'\n"),
+        ("Add.", DEF + "'Add.'; print 1\n"),
         ("text", " " * 1_000_000 + "text" + " " * 1_000_000), ("text", DEF + " " * 100_000 + "text"),
         ("text", ':\n"""a""" x\n' * 50_000 + "text"), ("text", ":#" * 100_000 + "text"),
         ("text", ':\n"""' + "'''\"" * 100_000 + "text")))],
-    ids=map(str, range(16)))
+    ids=map(str, range(23)))
 def test_a_text_that_the_code_repeats_appears_once(parse, text, code, expected):
     """In linear time."""
     start = time.perf_counter()
@@ -664,13 +672,12 @@ def test_corpus_command(tmp_path):
     (tmp_path / "d").mkdir()
     source, target = tmp_path / "m.py", tmp_path / "c.jsonl"
     for options in ([], ["-o", target], ["-o", target]):
-        code, said = cli("corpus", source, *options)
-        assert code == 0 and "1 records" in said
+        says(0, "1 records", "corpus", source, *options)
     assert read([target]) == [("", "def f(): return 1")] and target.read_text() in cli("corpus", source)[1]
     for path, output, message in ((source, source, "exists and is no corpus"), ("none", "c", "none: no such file"),
                                   ("d", "d", "d is a folder"), ("d", "c", "d: no source files; known are .c .h")):
-        code, said = cli("corpus", tmp_path / path, "-o", tmp_path / output)
-        assert code == 2 and message in said and not (tmp_path / "c").exists() and "def f" in source.read_text()
+        says(2, message, "corpus", tmp_path / path, "-o", tmp_path / output)
+        assert not (tmp_path / "c").exists() and "def f" in source.read_text()
 
 
 # ---- files and messages -----------------------------------------------------------------------------

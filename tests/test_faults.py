@@ -20,7 +20,8 @@ import torch
 import codessm
 import data
 import tasks
-from conftest import ROOT, TINY, before_call, cli, command, die, forkserver, same, send, wait_for, weights, write_lines
+from conftest import (ROOT, TINY, before_call, cli, command, die, forkserver, same, says, send, wait_for, weights,
+                      write_lines)
 from data import Problem
 
 # twelve steps, eight an epoch, at whose end the state is saved; evaluations before steps 0, 5, 10 and at the end
@@ -135,8 +136,7 @@ def test_a_corpus_that_changes_under_a_run(undisturbed, small, quick):
     with before_call(tasks.Stepper, "step", 3, throw(Panic())):
         assert cli(*RUN)[0] == 1
     os.utime(small, (1, 1))
-    code, said = cli(*RUN)
-    assert code == 2 and "model.pt.state" in said and "small.jsonl" in said and "--restart" in said
+    says(2, ["model.pt.state", "small.jsonl", "--restart"], *RUN)
 
 
 # ---- kills ------------------------------------------------------------------------------------------

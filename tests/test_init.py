@@ -9,7 +9,7 @@ import torch
 
 import codessm
 import tasks
-from conftest import TINY, cli, weights, write_case
+from conftest import TINY, cli, says, weights, write_case
 from test_model import affine, gelu_reference, layer_norm_reference, recurrence
 
 
@@ -156,14 +156,12 @@ def test_a_run_starts_from_given_weights(small, quick, monkeypatch, functions, t
     assert len(after["bias"]) == 380 and not torch.allclose(after[name], before[name][:380], atol=1e-3)
     for args, message in ((["--size", "tiny"], "a.pt (codessm, 1 x 160) does not fit codessm, 1 x 64: dense.bias"),
                           (["--model", "zamba"], "a.pt is a codessm, whose layers are not those of zamba")):
-        code, said = cli(*command, *still, "d.pt", *args)
-        assert code == 2 and message in said, said
+        says(2, message, *command, *still, "d.pt", *args)
 
     os.mkdir("toy")
     write_case(tmp_path / "toy", "classify", functions)
     command = ["finetune", "classify", "--data", "toy", "--size", "small", "--ctx", 32, "--steps", 1, *still, "t.pt"]
-    code, said = cli(*command, "--model", "codessm-uni")
-    assert code == 0 and "classify, from a.pt" in said and "random head.0.bias" in said, said
+    says(0, ["classify, from a.pt", "random head.0.bias"], *command, "--model", "codessm-uni")
     after = codessm.load("t.pt").encoder
     assert after.config["model"] == "codessm-uni" and "--ckpt brings its own" in cli(*command, "--ckpt", "a.pt")[1]
     for name, value in after.state_dict().items():
@@ -177,15 +175,13 @@ def test_learned_positions_bound_ctx(small, quick, functions, tmp_path):
     os.mkdir("toy")
     write_case(tmp_path / "toy", "classify", functions)
     args = ["finetune", "classify", "--ckpt", "model.pt", "--data", "toy", "--steps", 1]
-    code, said = cli(*args)
-    assert code == 0 and "ctx 32 rather than 512: model.pt is a bertcoder" in said
+    says(0, "ctx 32 rather than 512: model.pt is a bertcoder", *args)
     assert codessm.load("classify.pt").ctx == 32
     for command in ([*args, "-o", "x.pt", "--ctx", 33],
                     ["evaluate", "classify", "--ckpt", "classify.pt", "--data", "toy", "--split", "valid", "--ctx", 64],
                     ["evaluate", "mlm", "--ckpt", "model.pt", "--data", small, "--ctx", 64],
                     ["predict", "--ckpt", "classify.pt", "toy/valid.jsonl", "--ctx", 33]):
-        code, said = cli(*command)
-        assert code == 2 and "bertcoder has learned positions for 32 tokens" in said, said
+        says(2, "bertcoder has learned positions for 32 tokens", *command)
         assert not os.path.exists("x.pt")
     assert cli("evaluate", "mlm", "--ckpt", "model.pt", "--data", small)[0] == 0
     assert cli(*args, "-o", "x.pt", "--ctx", 24)[0] == 0 and codessm.load("x.pt").ctx == 24
