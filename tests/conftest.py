@@ -109,6 +109,11 @@ def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def files():
+    """The size and time of what lies in the current folder."""
+    return {name: (os.stat(name).st_size, os.stat(name).st_mtime_ns) for name in os.listdir()}
+
+
 def weights(path):
     return tasks.read(path)["weights"]
 
@@ -130,13 +135,18 @@ def compiler():
     torch._dynamo.reset()
 
 
+def records_of(*paths):
+    """The records of source trees."""
+    out = io.BytesIO()
+    data.build_corpus(list(map(str, paths)), out)
+    return [json.loads(line) for line in out.getvalue().splitlines()]
+
+
 @pytest.fixture(scope="session")
 def functions():
     """Real code: the records of a few modules of the standard library."""
     names = ("argparse", "ast", "csv", "json.decoder", "shutil", "tempfile", "textwrap", "zipfile")
-    out = io.BytesIO()
-    data.build_corpus([importlib.import_module(name).__file__ for name in names], out)
-    return [json.loads(line) for line in out.getvalue().splitlines()]
+    return records_of(*(importlib.import_module(name).__file__ for name in names))
 
 
 @pytest.fixture(scope="session")

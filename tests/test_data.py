@@ -1,8 +1,6 @@
 """Corpora, tokenizer, token store and batches."""
-import ast
 import bz2
 import gzip
-import importlib
 import io
 import itertools
 import json
@@ -21,7 +19,7 @@ import pytest
 import tokenizers
 
 import data
-from conftest import cli, forkserver, peak, rows_of, says, write_lines
+from conftest import cli, forkserver, peak, records_of, rows_of, says, write_lines
 from data import BadLine, Batches, Corpus, Problem, Sequence, Source, TokenStore, field, separate_docstring
 
 
@@ -601,12 +599,6 @@ def test_draws_are_uniform_and_independent():
 
 # ---- corpora of source trees ------------------------------------------------------------------------
 
-def records_of(*paths):
-    out = io.BytesIO()
-    data.build_corpus([str(path) for path in paths], out)
-    return [json.loads(line) for line in out.getvalue().splitlines()]
-
-
 @pytest.mark.parametrize("source, line, docstring, code", [
     ('class K:\n    @property\n    def a(self):\n        """One-line."""  # why\n        return 1\n', 2, "One-line.",
      "@property\ndef a(self):\n      # why\n    return 1".replace("      #", "    #")),
@@ -626,23 +618,6 @@ def test_each_function_of_a_long_chain_of_branches_comes_once():
     chain = "".join(f"elif x == {i}:\n    def f{i}(): return {i}\n" for i in range(1200))
     records = data.cut_source(f"if x:\n    pass\n{chain}else:\n    def last(): pass\n", "python")
     assert [record["name"] for record in records] == [*(f"f{i}" for i in range(1200)), "last"]
-
-
-@pytest.mark.parametrize("name", ["argparse", "inspect", "typing", "unittest.mock", "asyncio.base_events"])
-def test_functions_keep_their_tree_without_the_docstring(name):
-    path = importlib.import_module(name).__file__
-    tree = ast.parse(open(path, encoding="utf-8").read())
-    by_line = {min([n.lineno, *(d.lineno for d in n.decorator_list)]): n for n in ast.walk(tree)
-               if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))}
-    records = records_of(path)
-    for record in records:
-        node = by_line[record["line"]]
-        if "docstring" in record:
-            assert record["docstring"] == ast.get_docstring(node).strip()
-            node.body = node.body[1:] or [ast.Pass()]
-        if not any(isinstance(n, ast.Constant) and "\n" in str(n.value) for n in ast.walk(node)):
-            assert ast.dump(ast.parse(record["code"]).body[0]) == ast.dump(node)
-    assert sum("docstring" in record for record in records) > 2
 
 
 def test_source_trees(tmp_path, capsys):

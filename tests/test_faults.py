@@ -20,8 +20,8 @@ import torch
 import codessm
 import data
 import tasks
-from conftest import (ROOT, TINY, before_call, cli, command, die, forkserver, same, says, send, wait_for, weights,
-                      write_lines)
+from conftest import (ROOT, TINY, before_call, cli, command, die, files, forkserver, same, says, send, wait_for,
+                      weights, write_lines)
 from data import Problem
 
 # twelve steps, eight an epoch, at whose end the state is saved; evaluations before steps 0, 5, 10 and at the end
@@ -345,11 +345,11 @@ def test_states_that_do_not_fit_are_refused(unfinished):
              (state, ["--seed", 1], ["seed 0", "seed 1"]), (state, ["--steps", 13], ["steps 12", "steps 13"])]
     for content, args, named in ways:
         torch.save(content, "model.pt.state")
-        before = {name: open(name, "rb").read() for name in os.listdir()}
+        before = files()
         code, said = cli(*unfinished, *args)
         assert code == 2 and said.count("model.pt.state") == said.count("Error: ") == 1, said
         assert ("--restart" in said or content["tokenizer"] == "{}") and all(name in said for name in named), said
-        assert {name: open(name, "rb").read() for name in os.listdir()} == before
+        assert files() == before
     assert codessm.load("model.pt.state").encoder.config["d"] == 64  # a state file is a checkpoint too
     # that of a GPU is no other's: its learning rate is a tensor, its optimizer may be recorded
     for group in state["optimizer"]["param_groups"]:

@@ -15,7 +15,7 @@ import torch
 import codessm
 import data
 import tasks
-from conftest import KINDS, TINY, before_call, cli, same, says, send, weights
+from conftest import KINDS, TINY, before_call, cli, files, same, says, send, weights
 from data import Batch
 
 
@@ -268,10 +268,6 @@ def test_without_a_compiler_a_line_says_so_and_the_run_goes_on(small, quick, mon
 
 # ---- checkpoints and what a run writes --------------------------------------------------------------
 
-def folder():
-    return {name: (os.stat(name).st_mtime_ns, open(name, "rb").read()) for name in os.listdir()}
-
-
 def test_a_run_writes_what_it_says_and_once_finished_nothing(small, quick):
     code, printed = cli("pretrain", small, *TINY, "--epochs", 2, "--json", "-o", "m.pt")
     result = json.loads(printed[printed.index('{"output"'):].splitlines()[0])
@@ -288,11 +284,11 @@ def test_a_run_writes_what_it_says_and_once_finished_nothing(small, quick):
     code, printed = cli("pretrain", small, *TINY)  # without --steps it is one epoch
     assert code == 0 and "8 steps of 8 samples (1.0 epochs)" in printed
     assert "model.pt: 8 steps in" in printed and "6 examples: loss" in printed
-    before = folder()
+    before = files()
     says(2, ["model.pt is a finished run's", "--restart"], "pretrain", small, *TINY)
-    assert folder() == before
-    assert cli("pretrain", small, *TINY, "--restart")[0] == 0 and folder().keys() == before.keys()
-    assert folder()["model.pt"] != before["model.pt"]
+    assert files() == before
+    assert cli("pretrain", small, *TINY, "--restart")[0] == 0 and files().keys() == before.keys()
+    assert files()["model.pt"] != before["model.pt"]
 
 
 def test_neither_pipes_nor_the_token_store_change_the_result_and_the_seed_does(small, quick, monkeypatch):
