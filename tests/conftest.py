@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import time
 from contextlib import contextmanager
@@ -45,42 +44,21 @@ def cli(*args, input=None):
     return result.exit_code, result.output
 
 
-def program(*args, **options):
-    """`python codessm.py ...` as a process of its own."""
-    return subprocess.Popen([sys.executable, str(ROOT / "codessm.py"), *map(str, args)], stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, **options)
+def says(code, parts, *args, input=None):
+    """Checks that a command ends with this exit code and prints one part, or a list of parts, and no traceback."""
+    found, said = cli(*args, input=input)
+    assert found == code and "Traceback" not in said, said
+    assert all(part in said for part in ([parts] if isinstance(parts, str) else parts)), said
 
 
-def command(folder, *args, stdin=os.devnull, **settings):
-    """A command in a folder, with settings of `tasks`; what it says goes to a file there, RANK.txt."""
+def command(folder, *args, stdin=os.devnull):
+    """A command in a folder; what it says goes to a file there, RANK.txt."""
     os.chdir(folder)
     said = os.open(f"{os.environ.get('RANK', 0)}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(said, 1)
     os.dup2(said, 2)
     sys.stdin = open(stdin)
-    vars(tasks).update(settings)
     codessm.cli([str(arg) for arg in args])
-
-
-class Forked(forkserver.Process):
-    """`program` without its five seconds of imports: a `command` in the current folder, much like a `Popen`."""
-
-    def __init__(self, *args, **settings):
-        super().__init__(target=command, args=(os.getcwd(), *args), kwargs=settings)
-        self.start()
-
-    def poll(self):
-        return self.exitcode
-
-    returncode = property(poll)
-
-    def send_signal(self, number):
-        os.kill(self.pid, number)
-
-    def communicate(self, timeout=60):
-        self.join(timeout)
-        assert self.exitcode is not None, "it goes on and on"
-        return "", Path("0.txt").read_text()
 
 
 @pytest.fixture(autouse=True)
@@ -131,6 +109,11 @@ def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def files():
+    """The size and time of what lies in the current folder."""
+    return {name: (os.stat(name).st_size, os.stat(name).st_mtime_ns) for name in os.listdir()}
+
+
 def weights(path):
     return tasks.read(path)["weights"]
 
@@ -152,13 +135,18 @@ def compiler():
     torch._dynamo.reset()
 
 
+def records_of(*paths):
+    """The records of source trees."""
+    out = io.BytesIO()
+    data.build_corpus(list(map(str, paths)), out)
+    return [json.loads(line) for line in out.getvalue().splitlines()]
+
+
 @pytest.fixture(scope="session")
 def functions():
     """Real code: the records of a few modules of the standard library."""
     names = ("argparse", "ast", "csv", "json.decoder", "shutil", "tempfile", "textwrap", "zipfile")
-    out = io.BytesIO()
-    data.build_corpus([importlib.import_module(name).__file__ for name in names], out)
-    return [json.loads(line) for line in out.getvalue().splitlines()]
+    return records_of(*(importlib.import_module(name).__file__ for name in names))
 
 
 @pytest.fixture(scope="session")

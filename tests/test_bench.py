@@ -9,7 +9,7 @@ import torch
 
 import codessm
 import tasks
-from conftest import ROOT, cli
+from conftest import ROOT, cli, says
 
 TINY = ["bench", "--size", "tiny", "--batch-tokens", "256", "--repeats", "2", "--device", "cpu"]
 RATE = functools.cache(tasks.product_rate)  # of products that take a second or two
@@ -85,8 +85,7 @@ def test_an_error_that_is_not_for_want_of_memory_ends_it(error, sentence, monkey
     def measure(*_):
         raise error
     monkeypatch.setattr(tasks, "measure", measure)
-    code, said = cli(*TINY, "--lengths", "32")
-    assert code == 1 and sentence in said and "Traceback" not in said
+    says(1, sentence, *TINY, "--lengths", "32")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the system does not tell")
@@ -103,9 +102,8 @@ def test_memory_is_that_of_the_row_alone():
 @pytest.mark.parametrize("arguments, message", [
     (["--models", "codessm", "--attention", "plain"], "--attention is bertcoder's"),
     (["--models", "rocoder,codef", "--kernels", 2], "--kernels is of models with S4D kernels"),
-    (["--kernels", 3], "3 cannot share 128 channels"), (["--convolution", "fft"], "No such option"),
-    (["--lengths", "512,x"], "'x' is no length"), (["--lengths", "0"], "'0' is no length"),
-    (["--models", "codessm,bert"], "'bert' is none of"), (["--device", "cuda:99"], "no such device")])
+    (["--kernels", 3], "3 cannot share 128 channels"), (["--models", "codessm,bert"], "'bert' is none of"),
+    (["--lengths", "512,x"], "'x' is no length"), (["--lengths", "0"], "'0' is no length")])
 def test_wrong_arguments(arguments, message):
     code, said = cli(*TINY, *arguments)
     assert code == 2 and message in " ".join(said.split())

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 import data
-from conftest import cli, write_lines
+from conftest import says, write_lines
 from data import Benchmark, Problem, obfuscate
 
 FUNCTIONS = [f"int f(int a) {{ return a + {i % 38}; }}" for i in range(40)]  # the first two come again
@@ -225,26 +225,6 @@ def test_advtest_takes_tokens_or_code_without_its_docstring():
     split = dataset.splits["test"]
     assert sorted(texts(dataset, "test")) == sorted(expected for _, expected in rows)
     assert split.query_names == [f"u{i}" for i in range(7)] and split.candidate_names == [10, 9, 8, 6, 5]
-
-
-def test_only_the_docstring_that_the_text_is_from_is_cut():
-    """What stands around the function stays, and so does another docstring."""
-    docstring = '        """Add  two\n        numbers."""\n'
-    code = 'import os\nK = 3\n\nclass A:\n    """A class."""\n    def f(a, b):\n' + docstring + \
-           "        return a + b + K\n\nprint('Add one number.')\n"
-    old = code.replace("print(", "print ").replace(")\n", "\n")  # Python 2, which does not parse
-    for text, before, gone in (
-            ("Add two numbers.", code, docstring), ("Add two numbers .", old, docstring), ("Add one number.", code, ""),
-            ("Split lines.", '@foo(\n    "a",\n    "b")\ndef f():\n    """Split lines."""\n    print x\n',
-             '    """Split lines."""\n'),
-            ("Split lines.", 'def f(s):\n    """Split lines."""  # noqa\n    print s\n    y = "a"\n    return y',
-             '"""Split lines."""  '),
-            ("Split lines.", "def f(s):  # f\n\n    'Split lines.'\n    print s\n", "    'Split lines.'\n"),
-            ("Split lines.", "def f(s):\n    'Split lines.'; print s\n", ""),
-            *((text, 'def f(s):\n    """Split \\n lines."""\n    return s\n', '    """Split \\n lines."""\n')
-              for text in ("Split \n lines.", "Split \\n lines."))):  # its value, and as it is spelt
-        assert data.separate_docstring(text, before)[1] == before.replace(gone, "")
-    assert data.separate_docstring("Only this.", 'def f():\n    "Only this."\n')[1] == "def f():\n    pass\n"
 
 
 def pairs_of(dataset, split):
@@ -485,8 +465,7 @@ async def f() -> None: return (x for x in {1: 2})
 
 def build(task, folder="out"):
     """The rows of each split of a benchmark that the command makes of d."""
-    code, said = cli("corpus", "d", "--task", task, "-o", folder)
-    assert code == 0, said
+    says(0, [], "corpus", "d", "--task", task, "-o", folder)
     return {split: [json.loads(line) for line in open(f"{folder}/{split}.jsonl")] for split in data.SPLITS}
 
 
@@ -538,6 +517,5 @@ def test_what_no_benchmark_can_be_made_of():
     for path, task, folder, message in (
             ("d", "typeinf", "d", "d/valid.jsonl exists"), ("d/m1.py", "typeinf", "out", "only 1"),
             ("d/valid.jsonl", "advtest", "out", "known are .py"), ("d", "advtest", "d/m1.py", "d/m1.py is no folder")):
-        code, said = cli("corpus", path, "--task", task, "-o", folder)
-        assert code == 2 and message in said and "Traceback" not in said
+        says(2, message, "corpus", path, "--task", task, "-o", folder)
     assert open("d/valid.jsonl").read() == "mine\n" and not os.path.exists("out")

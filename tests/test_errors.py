@@ -2,9 +2,6 @@
 import os
 import resource
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import tokenizers
@@ -13,11 +10,7 @@ import torch
 import codessm
 import data
 import tasks
-from conftest import ROOT, TINY, Forked, cli, wait_for, write_lines
-
-
-def files():
-    return {name: (os.stat(name).st_size, os.stat(name).st_mtime_ns) for name in os.listdir()}
+from conftest import TINY, before_call, cli, files, says, send, write_lines
 
 
 def refused(*args, code=2):
@@ -34,7 +27,8 @@ def refused(*args, code=2):
 def odd_files(small, functions):
     """What the rows below name, beside small.jsonl."""
     for name, lines in dict(empty=[], blank=["", "  "], bad=["x"], few=functions[:8], one=functions[:1],
-                            third=[functions[0], "", "{'code': 1}"], mute=[{"code": c} for c in "abcdefghi"]).items():
+                            third=[functions[0], "", "{'code': 1}"], mute=[{"code": c} for c in "abcdefghi"],
+                            long=[{"code": "x" * 3_000_000}]).items():
         write_lines(f"{name}.jsonl", lines)
     os.mkdir("d")
     os.mkfifo("pipe")
@@ -45,6 +39,7 @@ def odd_files(small, functions):
 
 
 @pytest.mark.parametrize("args, message", [
+    ("long.jsonl --max-line 2", "long.jsonl:1: a line of more than 2.0 MB (--max-line"),
     ("nowhere.jsonl", "nowhere.jsonl: no such file"), ("*.nothing", "*.nothing: no such file"),
     ("empty.jsonl blank.jsonl", "empty.jsonl, blank.jsonl: no records"),
     ("bad.jsonl --skip-bad", "1 bad lines is bad.jsonl:1: not JSON"),
@@ -66,6 +61,7 @@ def odd_files(small, functions):
     ("small.jsonl --vocab 100", "--vocab 100 is too small"), ("--vocab 300 --tokenizer t.json", "not both"),
     ("--epochs 1", "not both"), ("--lr nan", "--lr nan"), ("--lr 0", "'--lr'"), ("--ctx 7", "'--ctx'"),
     ("--steps 0", "'--steps'"), (f"--seed {2**64}", "'--seed'"), (f"--vocab {10**20}", "'--vocab'"),
+    ("--kernels 3", "3 cannot share 128 channels"), ("--kernels 2 --model codef", "codef has no S4D kernels"),
     ("--size huge", "'--size'"), ("--no-such-option", "No such option"), ("--device meta", "no such device"),
     ("--device cuda:77", "no such device"), ("--device abacus", "no such device")])
 def test_what_is_refused(odd_files, args, message):
@@ -75,15 +71,13 @@ def test_what_is_refused(odd_files, args, message):
 def test_small_and_partly_bad_corpora(odd_files):
     for args, code, message in (("few.jsonl", 0, "valid  1 examples"), ("mute.jsonl --seed 1", 2, "nothing to predict"),
                                 ("small.jsonl third.jsonl --skip-bad", 0, "1 bad lines passed over")):
-        exit_code, said = cli("pretrain", *args.split(), *TINY, "--steps", 1, "--restart")
-        assert exit_code == code and message in said
+        says(code, message, "pretrain", *args.split(), *TINY, "--steps", 1, "--restart")
 
 
 def test_files_of_earlier_runs(small):
     """A log is no part of the corpus beside it; nothing is discarded before a run begins."""
     assert cli("pretrain", ".", *TINY, "--steps", 2)[0] == 0 and os.path.getsize("model.pt.jsonl")
-    code, said = cli("pretrain", ".", *TINY, "--steps", 2, "-o", "again.pt")
-    assert code == 0 and "small.jsonl: 65 records" in said
+    says(0, "small.jsonl: 65 records", "pretrain", ".", *TINY, "--steps", 2, "-o", "again.pt")
     os.rename("model.pt", "model.pt.state")
     assert "typo.jsonl" in refused("typo.jsonl", "--restart")
     assert "model.pt.state is no state of a run" in refused(small)
@@ -97,14 +91,12 @@ def test_what_runs_in_one_process(small, monkeypatch):
 
 
 def test_training_that_goes_wrong(small, monkeypatch):
-    code, said = cli("pretrain", small, *TINY, "--steps", 40, "--lr", 1e30)
-    assert code == 1 and "no longer a number at step" in said and "try a lower --lr" in said
+    says(1, ["no longer a number at step", "try a lower --lr"], "pretrain", small, *TINY, "--steps", 40, "--lr", 1e30)
     assert not os.path.exists("model.pt") and "NaN" not in open("model.pt.jsonl").read()
     def fail(*_args, **_options):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
     monkeypatch.setattr(tasks.Stepper, "__call__", fail)
-    code, said = cli("pretrain", small, *TINY, "--steps", 3, "--restart")
-    assert code == 1 and "out of memory: use a smaller --batch" in said
+    says(1, "out of memory: use a smaller --batch", "pretrain", small, *TINY, "--steps", 3, "--restart")
 
 
 @pytest.mark.parametrize("what, size, message", [
@@ -128,52 +120,18 @@ def test_a_disk_that_fills_up(small, monkeypatch, what, size, message):
     assert code == 1 and message in said and "Traceback" not in said
     assert open("model.pt", "rb").read() == old and codessm.load("model.pt")
     assert set(os.listdir()) <= {"model.pt", "model.pt.jsonl", "small.jsonl"}
+    assert what != "log" or not os.path.exists("model.pt.jsonl")  # (no part of a line stays, so nothing)
 
 
 def test_standard_input_cannot_be_resumed(small):
-    run = Forked("pretrain", "-", *TINY, "--steps", 5000, stdin=small)
-    wait_for(lambda: os.path.exists("model.pt.state"), run)
-    run.send_signal(signal.SIGTERM)
-    _, said = run.communicate()
-    assert run.returncode == 143 and "cannot be read again" in said
-    code, said = cli("pretrain", "-", *TINY, "--steps", 5000, input=open(small, "rb").read())
-    assert code == 2 and "standard input or a pipe" in said and "--restart" in said
-
-
-def test_interrupted_before_training(small, monkeypatch):
-    """While it waits for its input."""
-    os.mkfifo("pipe")
-    pipe, runs = os.open("pipe", os.O_RDWR), {}
-    for code, number in ((130, signal.SIGINT), (143, signal.SIGTERM), (129, signal.SIGHUP)):
-        os.mkdir(str(code))
-        monkeypatch.chdir(str(code))
-        runs[code] = number, Forked("pretrain", "-", *TINY, stdin="../pipe")
-        monkeypatch.chdir("..")
-    for code, (number, run) in runs.items():
-        wait_for(lambda: os.path.exists(f"{code}/model.pt.jsonl"), run)
-        time.sleep(0.5)
-        run.send_signal(number)
-        run.join(60)
-        said = open(f"{code}/0.txt").read()
-        assert run.exitcode == code and said.strip().endswith("interrupted: nothing is lost"), said
-        assert os.listdir(str(code)) == ["0.txt"]
-    os.close(pipe)
+    command, lines = ["pretrain", "-", *TINY, "--steps", 9], open(small, "rb").read()
+    with before_call(tasks.Stepper, "step", 2, send(signal.SIGTERM)):
+        code, said = cli(*command, input=lines)
+    assert code == 143 and "cannot be read again" in said
+    says(2, ["standard input or a pipe", "--restart"], *command, input=lines)
 
 
 def test_help_has_an_example():
     for command in codessm.cli.commands:
-        code, said = cli(command, "--help")
-        assert code == 0 and f"Example: codessm {command} " in said
+        says(0, f"Example: codessm {command} ", command, "--help")
     assert cli("--version") == (0, f"codessm, version {codessm.__version__}\n")
-
-
-def test_streams_that_are_full_or_gone(small, tmp_path):
-    """No standard error and a reader of standard output that goes; a full standard error, and input from a pipe."""
-    (tmp_path / "temporary").mkdir()
-    python, settings = f"{sys.executable} {ROOT}/codessm.py", {**os.environ, "TMPDIR": str(tmp_path / "temporary")}
-    gone, full = (subprocess.Popen(f"{python} {rest}", shell=True, text=True, stdout=subprocess.PIPE, env=settings)
-                  for rest in (f"corpus {ROOT}/data.py 2>&- | head -c 10",
-                               f"pretrain - {' '.join(TINY)} --steps 2 <{small} 2>/dev/full"))
-    assert gone.communicate(timeout=60)[0] == '{"code": "'
-    assert "model.pt: 2 steps" in full.communicate(timeout=60)[0] and full.returncode == 0
-    assert codessm.load("model.pt") and not os.listdir("temporary")

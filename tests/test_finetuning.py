@@ -1,10 +1,8 @@
 """The fine-tuned objectives, their metrics, and `finetune`, `evaluate` and `predict` as a user has them."""
-import io
 import itertools
 import json
 import random
 import re
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +13,7 @@ from torch.nn.functional import normalize
 import codessm
 import data
 import tasks
-from conftest import KINDS, TINY, before_call, cli, same, send, weights, write_lines
+from conftest import KINDS, TINY, cli, same, says, weights, write_lines
 from test_benchmarks import PUBLISHED, write
 
 SCRATCH = ["--size", "tiny", "--vocab", "300", "--ctx", "32"]
@@ -124,20 +122,6 @@ def test_a_pair_has_no_order_and_each_function_is_encoded_once(make_case, monkey
     assert np.abs(expected.numpy() - outputs[0]).max() < 1e-5
 
 
-def test_pairs_are_batched_with_little_padding(tokenizer):
-    """At most 20 % of what both sides are padded to; sorted by the longer side alone it is a third."""
-    rng = np.random.default_rng(0)
-    lengths, file = np.minimum(rng.lognormal(5, 0.7, 400).astype(int) + 8, 512), io.BytesIO()
-    data.TokenStore.write(file, [data.Sequence(i, [1] * (n - 1)) for i, n in enumerate(lengths)], "", 300, 400)
-    store, pairs = data.TokenStore(np.frombuffer(file.getvalue(), np.uint8)), rng.integers(0, 400, (8000, 2))
-    real, padded, seen = 0, 0, []
-    for batch in data.Batches(store, tokenizer, 512, pairs, 32, 0, np.arange(8000)):
-        assert (batch.lengths >= batch.lengths2).all()  # a pair has no order
-        real, padded = real + batch.tokens, padded + batch.ids.size + batch.ids2.size
-        seen += zip(batch.labels.tolist(), map(sorted, batch.items.tolist()))
-    assert 1 - real / padded < 0.2 and sorted(seen) == [*enumerate(map(sorted, pairs.tolist()))]
-
-
 def test_in_batch_negatives(make_case):
     """The cross-entropy of its definition, float64: equal texts and codes are no negatives, empty rows nothing."""
     task = make_case("retrieval").objective
@@ -174,16 +158,13 @@ def test_equal_answers_are_no_negatives_and_one_candidate(make_case, tokenizer, 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_evaluation_is_the_same_at_any_batch_size(make_case, kind):
-    """And makes the kernels once a length."""
     case, found = make_case(kind), []
     with torch.no_grad():
         for parameter in case.objective.parameters():
             parameter.mul_(3)  # predictions that differ
     for batch in (13, 1, 7, 64):
         batches = data.Batches(case.store, case.objective.tokenizer, 64, case.split.items()[:, None], batch)
-        with before_call(codessm, "make_kernels", 0, None) as calls:
-            found.append(tasks.evaluate(case.objective, batches, case.split))
-        assert 1 <= len(calls) <= len(batches.padded_lengths(len(batches)))
+        found.append(tasks.evaluate(case.objective, batches, case.split))
         assert found[-1][0] == pytest.approx(found[0][0], rel=1e-5 if kind == "mlm" else 1e-9, abs=1e-9)
     if kind == "tag":
         flat = [np.concatenate([np.concatenate(window) for window in outputs]) for _, outputs in found]
@@ -231,19 +212,7 @@ def toy(kind, rng, n, part):
             for tokens in rows]
 
 
-# the metric; what guessing gives: 1/3, the larger half, half, and MRR = (1 + 1/2 + ... + 1/64) / 64, and a standard
-# error of 200 guesses (of tags 1,600, of retrieval 64 ranks); and the field that holds what is to be learnt
-CHANCE = {"classify": ("accuracy", 1 / 3, 0.0354, "label"), "pair": ("accuracy", 0.56, 0.0354, "label"),
-          "tag": ("accuracy", 0.5, 0.0127, "labels"), "retrieval": ("mrr", 0.074, 0.02, "code")}
-
-
-def write_toy(folder, kind, noise=False, test=64):
-    rng, field = random.Random(0), CHANCE[kind][-1]
-    for part, n in (("train", 320), ("valid", 64), ("test", test)):
-        rows = toy(kind, rng, n, part)
-        if noise:
-            rows = [row | {field: other[field]} for row, other in zip(rows, rng.sample(rows, len(rows)))]
-        write({f"{part}.jsonl": rows}, folder)
+METRIC = {"classify": "accuracy", "pair": "accuracy", "tag": "accuracy", "retrieval": "mrr"}
 
 
 def printed(*args, **options):
@@ -263,19 +232,20 @@ def toys(tmp_path_factory):
     folder = tmp_path_factory.mktemp("toys")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(codessm.SIZES, "tiny", dict(d=64, layers=2))
-        for kind in CHANCE:
-            write_toy(folder / kind, kind)
+        for kind in METRIC:
+            rng, parts = random.Random(0), {"train": 320, "valid": 64, "test": 64}
+            write({f"{part}.jsonl": toy(kind, rng, n, part) for part, n in parts.items()}, folder / kind)
             args = ["--data", folder / kind, *SCRATCH, "--steps", 50, "-o", folder / f"{kind}.pt"]
             (folder / f"{kind}.json").write_text(json.dumps(result("finetune", kind, *args)))
     return folder
 
 
-@pytest.mark.parametrize("kind", CHANCE)
-def test_learns_what_can_be_learnt_and_nothing_else(kind, toys, tmp_path, monkeypatch, quick):
+@pytest.mark.parametrize("kind", METRIC)
+def test_learns_what_can_be_learnt(kind, toys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    metric, chance, error, _ = CHANCE[kind]
-    learned = json.loads((toys / f"{kind}.json").read_text())
+    metric, learned = METRIC[kind], json.loads((toys / f"{kind}.json").read_text())
     assert learned[f"valid_{metric}"] > 0.95 and learned[f"test_{metric}"] > 0.95
+    assert f'"test_{metric}": ' in open(toys / f"{kind}.pt.jsonl").read()
     # evaluate says what finetune said, and the file of predictions holds what was scored
     again = result("evaluate", kind, "--ckpt", toys / f"{kind}.pt", "--data", toys / kind, "--predictions", "p")
     assert again[metric] == pytest.approx(learned[f"test_{metric}"], abs=1e-9) and again["examples"] == 64
@@ -289,10 +259,6 @@ def test_learns_what_can_be_learnt_and_nothing_else(kind, toys, tmp_path, monkey
         assert [line.split("\t")[0] for line in lines] == [str(i) for i in range(len(gold))]
         score = np.mean([line.split("\t")[1] == label for line, label in zip(lines, gold)])
     assert score == pytest.approx(again[metric], abs=1e-9)
-
-    write_toy("noise", kind, noise=True, test=200)
-    found = result("finetune", kind, "--data", "noise", *SCRATCH, "--steps", 12, "-o", "n.pt")[f"test_{metric}"]
-    assert found < chance + 4 * error and (kind == "retrieval" or found > chance - 4 * error)
 
 
 @pytest.mark.parametrize("name, first", [
@@ -313,7 +279,7 @@ def test_published_formats_from_end_to_end(name, first, tmp_path, monkeypatch, q
     assert ("test_top100_f1_published" in scores) == (name == "typeinf")
 
 
-@pytest.mark.parametrize("kind", CHANCE)
+@pytest.mark.parametrize("kind", METRIC)
 def test_predict_keeps_order_and_fields(kind, toys, tmp_path, monkeypatch):
     monkeypatch.chdir(toys)
     monkeypatch.setattr(codessm, "PREDICT", 20)
@@ -376,37 +342,27 @@ def test_what_the_commands_refuse(toys, small, quick):
             (["predict", "--ckpt", pair, "b.c"], "b.c: a model for pair needs JSONL"),
             (["predict", "--ckpt", tag, "b.c"], "Python files"), (["finetune", "summarise"], "value for 'TASK'"),
             (["predict", "--ckpt", classify, "bad.jsonl"], "bad.jsonl:2: not JSON"),
-            (["predict", "--ckpt", small, small], f"{small} is not a codessm checkpoint"),
             (["finetune", "classify", "--ckpt", "model.pt", "--size", "tiny"], "--ckpt brings its own"),
-            (["finetune", "classify", "--ckpt", "gone.pt"], "gone.pt: No such file"),
             (["finetune", "classify", "--ckpt", classify, "-o", classify, "--restart"], "would replace what --ckpt"),
-            (["finetune", "classify", "--steps", 1, "--epochs", 1], "--steps or --epochs"),
             (["finetune", "complexity", "--data", small], f'{small}:1: no field "complexity"')):
         code, said = cli(*args)
         assert code == 2 and message in said.replace("\n  ", " ") and "Traceback" not in said, said
         assert not said.startswith("{") and files() == before
 
 
-def test_damaged_and_diverged_checkpoints(toys, tmp_path):
-    """Each a sentence, none a plausible number; half-precision weights are read as what they are."""
-    def changed(kind, **changes):
-        content = torch.load(toys / f"{kind}.pt", weights_only=True)
-        if "weights" in changes:
-            changes["weights"] = {name: changes["weights"](weight) for name, weight in content["weights"].items()}
-        torch.save(content | changes, tmp_path / "x.pt")
+def test_half_precision_and_diverged_checkpoints(toys, tmp_path):
+    """The first are read as what they are; of the others comes a sentence and no plausible number."""
+    def changed(kind, change):
+        content = tasks.read(toys / f"{kind}.pt")
+        content["weights"] = {name: change(weight) for name, weight in content["weights"].items()}
+        torch.save(content, tmp_path / "x.pt")
         return tmp_path / "x.pt"
 
-    rows = toys / "classify" / "test.jsonl"
-    (tmp_path / "cut.pt").write_bytes((toys / "classify.pt").read_bytes()[:20000])
-    for changes in (None, dict(labels=["a"]), dict(labels=[1, 2, 3]), dict(labels={"a": 1}), dict(ctx="8"), dict(ctx=0),
-                    dict(task="tag"), dict(task="nothing"), dict(weights=lambda w: w[:1]), dict(tokenizer=5)):
-        path = changed("classify", **changes) if changes else tmp_path / "cut.pt"
-        code, said = cli("predict", "--ckpt", path, rows)
-        assert code == 2 and path.name in said and "Traceback" not in said, (changes, said)
-    assert len(printed("predict", "--ckpt", changed("classify", weights=torch.Tensor.half), rows)) == 64
-    for kind in CHANCE:
+    half = changed("classify", torch.Tensor.half)
+    assert len(printed("predict", "--ckpt", half, toys / "classify" / "test.jsonl")) == 64
+    for kind in METRIC:
         for args in (["evaluate", kind, "--data", toys / kind], ["predict", toys / kind / "test.jsonl"]):
-            code, said = cli(*args, "--ckpt", changed(kind, weights=lambda w: w * torch.nan))
+            code, said = cli(*args, "--ckpt", changed(kind, lambda weight: weight * torch.nan))
             assert code == 1 and "not finite numbers" in said and '{"' not in said, said
 
 
@@ -428,8 +384,7 @@ def test_a_pretrained_model_is_evaluated_and_fine_tuned(small, toys, quick):
     assert found["loss"] == pytest.approx(trained["valid_loss"], rel=1e-6) and found["examples"] == 6
     whole = result(*args, small)
     assert whole["examples"] == 65 and whole["loss"] != result(*args, small, "--ctx", 100)["loss"]
-    code, said = cli(*args, write_lines("mute.jsonl", [{"code": "x"}]))
-    assert code == 2 and "nothing to predict" in said and "Traceback" not in said
+    says(2, "nothing to predict", *args, write_lines("mute.jsonl", [{"code": "x"}]))
 
     before = codessm.load("model.pt")
     result("finetune", "pair", "--ckpt", "model.pt", "--data", toys / "pair", "--steps", 1, "--lr", 1e-12)
@@ -440,18 +395,3 @@ def test_a_pretrained_model_is_evaluated_and_fine_tuned(small, toys, quick):
         assert torch.allclose(weight, after.encoder.state_dict()[name], atol=1e-9), name
     # and a fine-tuned model's encoder serves as well
     result("finetune", "tag", "--ckpt", "pair.pt", "--data", toys / "tag", "--steps", 1)
-
-
-def test_interrupted_fine_tuning_goes_on_bit_for_bit(toys, tmp_path, monkeypatch, quick):
-    monkeypatch.chdir(tmp_path)
-    args = ["finetune", "classify", "--data", toys / "classify", *SCRATCH, "--steps", 30, "--batch", 8, "-o"]
-    result(*args, "whole.pt")
-    with before_call(tasks.Stepper, "__call__", 12, send(signal.SIGINT)):
-        code, said = cli(*args, "cut.pt")
-    assert code == 130 and "interrupted at step 12 " in said and "Traceback" not in said
-    code, said = cli(*args, "cut.pt", "--lr", 1)
-    assert code == 2 and "lr 0.002" in said
-    result(*args, "cut.pt")
-    assert same(weights("whole.pt"), weights("cut.pt"))
-    log = open("cut.pt.jsonl").read()
-    assert log == open("whole.pt.jsonl").read() and "test_accuracy" in log

@@ -1,8 +1,7 @@
 """Starting from other weights, and runs of different models that can be compared."""
-import json
 import math
 import os
-import signal
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,8 +9,8 @@ import torch
 
 import codessm
 import tasks
-from conftest import TINY, before_call, cli, same, send, weights, write_case
-from test_model import gelu_reference, layer_norm_reference
+from conftest import TINY, cli, says, weights, write_case
+from test_model import affine, gelu_reference, layer_norm_reference, recurrence
 
 
 # ---- BiGS -------------------------------------------------------------------------------------------
@@ -47,21 +46,13 @@ def bigs_logits(p, ids, layers, positions):
     """What BiGS computes (Wang et al. 2023) of tokens of type 0, in float64: real flips, and SSMs as recurrences."""
     p = {name: tensor.double().numpy() for name, tensor in p.items()}
 
-    def dense(name, x):
-        return x @ p[name + ".weight"].T + p[name + ".bias"]
+    dense = partial(affine, p)
 
     def norm(name, x):
         return layer_norm_reference(x) * p[name + ".weight"] + p[name + ".bias"]
 
     def s4(name, u):
-        A = np.minimum(p[name + ".kernel.A_re"], -1e-4) + 1j * p[name + ".kernel.A_im"]
-        dt = np.exp(p[name + ".kernel.log_step"])
-        C = p[name + ".kernel.C"] @ [1, 1j] * (np.exp(dt * A) - 1) / A
-        h, y = np.zeros((len(A), u.shape[1]), complex), []
-        for u_t in u:
-            h = np.exp(dt * A)[:, None] * h + u_t
-            y.append((C @ h).real + p[name + ".D"] * u_t)
-        return np.array(y)
+        return recurrence({key.rpartition(".")[2]: p[key] for key in p if key.startswith(name + ".")}, u)
 
     x = p["bigs.embeddings.word_embeddings.weight"][ids] + p["bigs.embeddings.token_type_embeddings.weight"][0]
     if positions:
@@ -111,20 +102,14 @@ def test_from_bigs_weights_it_computes_what_bigs_does(model, nest, prefix, witho
     assert ("positions.weight" in said.split("not taken")[1]) == (model != "codessm-pos")
 
 
-def test_of_fewer_positions_the_others_stay_random(start, tokenizer, make_case):
-    p = bigs_dict(tokenizer.vocab, positions=9)
+def test_of_fewer_positions_the_others_stay_random_and_of_another_vocabulary_the_embedding(start, tokenizer, make_case):
+    p = bigs_dict(tokenizer.vocab + 1, positions=9)
     objective, said = start(p, "codessm-pos")
-    before = make_case("mlm", d=16, ctx=24, model="codessm-pos").objective.encoder.positions.weight
-    ours = objective.encoder.positions.weight
-    assert "of positions the first 9" in said and "random nothing" in said and torch.equal(ours[9:], before[9:])
-    assert torch.equal(ours[:9], p["bigs.embeddings.position_embeddings.weight"])
-
-
-def test_of_another_vocabulary_the_embedding_stays_random(start, tokenizer, make_case):
-    objective, said = start(bigs_dict(tokenizer.vocab + 1))
-    assert "random bias, encoder.embedding.weight (another vocabulary)" in said
-    before, after = make_case("mlm", d=16, ctx=24).objective.state_dict(), objective.state_dict()
+    assert "of positions the first 9" in said and "random bias, encoder.embedding.weight (another vocabulary)" in said
+    before, after = make_case("mlm", d=16, ctx=24, model="codessm-pos").objective.state_dict(), objective.state_dict()
     assert {name for name in before if torch.equal(before[name], after[name])} == {"bias", "encoder.embedding.weight"}
+    ours, old = after["encoder.positions.weight"], before["encoder.positions.weight"]
+    assert torch.equal(ours[:9], p["bigs.embeddings.position_embeddings.weight"]) and torch.equal(ours[9:], old[9:])
 
 
 def test_what_cannot_be_taken_is_named(small):
@@ -157,27 +142,26 @@ def test_a_run_starts_from_given_weights(small, quick, monkeypatch, functions, t
     still = ["--lr", 1e-12, "--init", "a.pt", "-o"]
     assert cli(*command, "--vocab", 400, "-o", "a.pt")[0] == 0
     before = weights("a.pt")
-    code, said = cli(*command, "--init", "a.pt", "-o", "b.pt", "--model", "codessm-8k")
-    assert code == 0 and "peak learning rate 5e-05" in said, said
+    code, said = cli(*command, "--init", "a.pt", "-o", "b.pt", "--kernels", 8)
+    assert code == 0 and "8 kernels per direction" in said and "peak learning rate 5e-05" in said, said
     assert "a.pt (codessm, 1 x 160): taken layers 0-0, bias" in said and "random nothing;" in said
     after = codessm.load("b.pt")
     assert after.tokenizer.text == codessm.load("a.pt").tokenizer.text and after.encoder.config["kernels"] == 8
     assert all((value - before[name]).abs().max() < 1e-3 for name, value in after.state_dict().items())
-    code, said = cli(*command, *still, "c.pt", "--vocab", 380, "--seed", 1)
+    code, said = cli(*command, *still, "c.pt", "--vocab", 380, "--seed", 1, "--model", "codessm-8k")
     assert code == 0 and "random bias, encoder.embedding.weight (another vocabulary)" in said, said
     after, name = weights("c.pt"), "encoder.embedding.weight"
     assert torch.allclose(after["encoder.layers.0.v.weight"], before["encoder.layers.0.v.weight"], atol=1e-6)
+    assert len(after["encoder.layers.0.forward_ssm.D"]) == 8
     assert len(after["bias"]) == 380 and not torch.allclose(after[name], before[name][:380], atol=1e-3)
     for args, message in ((["--size", "tiny"], "a.pt (codessm, 1 x 160) does not fit codessm, 1 x 64: dense.bias"),
                           (["--model", "zamba"], "a.pt is a codessm, whose layers are not those of zamba")):
-        code, said = cli(*command, *still, "d.pt", *args)
-        assert code == 2 and message in said, said
+        says(2, message, *command, *still, "d.pt", *args)
 
     os.mkdir("toy")
     write_case(tmp_path / "toy", "classify", functions)
     command = ["finetune", "classify", "--data", "toy", "--size", "small", "--ctx", 32, "--steps", 1, *still, "t.pt"]
-    code, said = cli(*command, "--model", "codessm-uni")
-    assert code == 0 and "classify, from a.pt" in said and "random head.0.bias" in said, said
+    says(0, ["classify, from a.pt", "random head.0.bias"], *command, "--model", "codessm-uni")
     after = codessm.load("t.pt").encoder
     assert after.config["model"] == "codessm-uni" and "--ckpt brings its own" in cli(*command, "--ckpt", "a.pt")[1]
     for name, value in after.state_dict().items():
@@ -186,66 +170,18 @@ def test_a_run_starts_from_given_weights(small, quick, monkeypatch, functions, t
 
 # ---- every model ------------------------------------------------------------------------------------
 
-def test_runs_of_different_models_see_the_same(small, quick, monkeypatch):
-    """The same batches, masks, rates and evaluations at one seed, whatever random numbers a model draws."""
-    seen, logs, prepare = {}, {}, tasks.MLM.prepare
-
-    def record(objective, batch):
-        tensors = prepare(objective, batch)
-        seen.setdefault(objective.encoder.config["model"], []).append(
-            {"training": torch.tensor(objective.training)} | tensors)
-        return tensors
-
-    monkeypatch.setattr(tasks.MLM, "prepare", record)
-    models = ("codessm", "codessm-do", "bertcoder")
-    for model in models:
-        code, said = cli("pretrain", small, *TINY, "--steps", 4, "--eval-every", 4, "--model", model, "-o",
-                         f"{model}.pt")
-        assert code == 0, said
-        logs[model] = [{key: line[key] for key in ("step", "lr", "tokens", "epoch") if key in line}
-                       for line in map(json.loads, open(f"{model}.pt.jsonl"))]
-    for model in models[1:]:
-        assert logs[model] == logs["codessm"] and len(seen[model]) == len(seen["codessm"]) > 5
-        assert all(map(same, seen[model], seen["codessm"]))
-
-
-def test_dropout_goes_on_where_it_was(small, quick):
-    """An interrupted run ends with the weights of an undisturbed one."""
-    command = ["pretrain", small, *TINY, "--steps", 6, "--eval-every", 6, "--model", "codessm-do"]
-    assert cli(*command, "-o", "whole.pt")[0] == 0
-    with before_call(tasks.Stepper, "step", 3, send(signal.SIGINT)):
-        assert cli(*command, "-o", "cut.pt")[0] == 130
-    torch.manual_seed(7)
-    assert cli(*command, "-o", "cut.pt")[0] == 0 and same(weights("cut.pt"), weights("whole.pt"))
-    assert cli(*command[:-1], "codessm", "-o", "without.pt")[0] == 0
-    assert not same(weights("without.pt"), weights("whole.pt"))
-
-
 def test_learned_positions_bound_ctx(small, quick, functions, tmp_path):
     assert cli("pretrain", small, *TINY, "--steps", 1, "--model", "bertcoder")[0] == 0
     os.mkdir("toy")
     write_case(tmp_path / "toy", "classify", functions)
     args = ["finetune", "classify", "--ckpt", "model.pt", "--data", "toy", "--steps", 1]
-    code, said = cli(*args)
-    assert code == 0 and "ctx 32 rather than 512: model.pt is a bertcoder" in said
+    says(0, "ctx 32 rather than 512: model.pt is a bertcoder", *args)
     assert codessm.load("classify.pt").ctx == 32
     for command in ([*args, "-o", "x.pt", "--ctx", 33],
                     ["evaluate", "classify", "--ckpt", "classify.pt", "--data", "toy", "--split", "valid", "--ctx", 64],
                     ["evaluate", "mlm", "--ckpt", "model.pt", "--data", small, "--ctx", 64],
                     ["predict", "--ckpt", "classify.pt", "toy/valid.jsonl", "--ctx", 33]):
-        code, said = cli(*command)
-        assert code == 2 and "bertcoder has learned positions for 32 tokens" in said, said
+        says(2, "bertcoder has learned positions for 32 tokens", *command)
         assert not os.path.exists("x.pt")
     assert cli("evaluate", "mlm", "--ckpt", "model.pt", "--data", small)[0] == 0
     assert cli(*args, "-o", "x.pt", "--ctx", 24)[0] == 0 and codessm.load("x.pt").ctx == 24
-
-
-def test_any_divisor_will_do_as_kernels_and_nothing_else(small, quick):
-    code, said = cli("pretrain", small, *TINY, "--steps", 1, "--kernels", 4, "-o", "k.pt")
-    assert code == 0 and "4 kernels per direction" in said
-    assert codessm.load("k.pt").encoder.layers[0].forward_ssm.C.shape == (4, 64, 2)
-    for command in (["pretrain", *TINY], ["finetune", "classify", "--size", "tiny"]):
-        for args, message in ((["--kernels", 3], "3 cannot share 64 channels"),
-                              (["--kernels", 2, "--model", "codef"], "codef has no S4D kernels")):
-            code, said = cli(*command, *args)
-            assert code == 2 and message in said.replace("\n", " "), said

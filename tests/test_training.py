@@ -5,7 +5,6 @@ import json
 import math
 import os
 import signal
-import time
 import types
 from functools import partial
 
@@ -16,7 +15,7 @@ import torch
 import codessm
 import data
 import tasks
-from conftest import KINDS, TINY, Forked, before_call, cli, same, send, wait_for, weights
+from conftest import KINDS, TINY, before_call, cli, files, same, says, send, weights
 from data import Batch
 
 
@@ -184,20 +183,6 @@ def test_a_step_is_adamw_with_the_clipped_gradient(fused):
         assert np.abs(parameters() - w).max() < 2e-6
 
 
-def test_a_tiny_model_overfits_32_samples(make_case):
-    """More than 95 % on masks that it has never been trained on, of samples that it has."""
-    STEPS = 200
-    case = make_case("mlm", ctx=16, batch=32, N=64, **codessm.SIZES["tiny"])
-    optimizer, batch = tasks.adamw(case.objective, 0), case.train[0]
-    stepper = tasks.Stepper(case.objective, optimizer)
-    for step in range(STEPS):
-        for group in optimizer.param_groups:
-            group["lr"] = tasks.learning_rate(step, STEPS, 4e-3)
-        stepper(batch._replace(epoch=step))
-    fresh = [batch._replace(epoch=epoch) for epoch in range(STEPS, STEPS + 10)]
-    assert tasks.evaluate(case.objective, fresh, None, compiled=False)[0]["accuracy"] > 0.95
-
-
 @torch._dynamo.config.patch(cache_size_limit=2)  # (its own is 8; earlier tests leave 256)
 @pytest.mark.parametrize("model", ["codessm", "rocoder"])
 def test_compilations_are_as_many_as_lengths_and_modes(model, make_case, compiler, monkeypatch):
@@ -283,10 +268,6 @@ def test_without_a_compiler_a_line_says_so_and_the_run_goes_on(small, quick, mon
 
 # ---- checkpoints and what a run writes --------------------------------------------------------------
 
-def folder():
-    return {name: (os.stat(name).st_mtime_ns, open(name, "rb").read()) for name in os.listdir()}
-
-
 def test_a_run_writes_what_it_says_and_once_finished_nothing(small, quick):
     code, printed = cli("pretrain", small, *TINY, "--epochs", 2, "--json", "-o", "m.pt")
     result = json.loads(printed[printed.index('{"output"'):].splitlines()[0])
@@ -303,52 +284,25 @@ def test_a_run_writes_what_it_says_and_once_finished_nothing(small, quick):
     code, printed = cli("pretrain", small, *TINY)  # without --steps it is one epoch
     assert code == 0 and "8 steps of 8 samples (1.0 epochs)" in printed
     assert "model.pt: 8 steps in" in printed and "6 examples: loss" in printed
-    before = folder()
-    code, said = cli("pretrain", small, *TINY)
-    assert code == 2 and folder() == before and "model.pt is a finished run's" in said and "--restart" in said
-    assert cli("pretrain", small, *TINY, "--restart")[0] == 0 and folder().keys() == before.keys()
-    assert folder()["model.pt"] != before["model.pt"]
+    before = files()
+    says(2, ["model.pt is a finished run's", "--restart"], "pretrain", small, *TINY)
+    assert files() == before
+    assert cli("pretrain", small, *TINY, "--restart")[0] == 0 and files().keys() == before.keys()
+    assert files()["model.pt"] != before["model.pt"]
 
 
 def test_neither_pipes_nor_the_token_store_change_the_result_and_the_seed_does(small, quick, monkeypatch):
+    """Tokens of a large corpus are kept beside the output until the run ends: when it goes on it makes none."""
     command = ["pretrain", *TINY, "--steps", 12]
     assert cli(*command, small, "-o", "a.pt")[0] == 0
     assert cli(*command, "-", "-o", "b.pt", input=gzip.compress(open(small, "rb").read()))[0] == 0
     assert cli(*command, small, "-o", "d.pt", "--seed", 1)[0] == 0
     monkeypatch.setattr(data, "IN_MEMORY", 0)
-    assert cli(*command, small, "-o", "c.pt")[0] == 0
+    with before_call(tasks.Stepper, "step", 3, send(signal.SIGTERM)):
+        assert cli(*command, small, "-o", "c.pt")[0] == 143 and os.path.getsize("c.pt.tokens")
+    with before_call(data.Corpus, "sequences", 0, None) as tokenised:
+        assert cli(*command, small, "-o", "c.pt")[0] == 0 and tokenised == [] and not os.path.exists("c.pt.tokens")
     assert [same(weights("a.pt"), weights(f"{other}.pt")) for other in "bcd"] == [True, True, False]
-
-
-def test_tokens_of_a_large_corpus_are_kept_for_a_run_that_goes_on(small, quick, monkeypatch):
-    """Beside the output, until it ends: they are made once."""
-    monkeypatch.setattr(data, "IN_MEMORY", 0)
-    command = ["pretrain", small, *TINY, "--steps", 12]
-    sequences, tokenised = data.Corpus.sequences, []
-    monkeypatch.setattr(data.Corpus, "sequences", lambda *args: tokenised.append(1) or sequences(*args))
-    assert cli(*command, "-o", "whole.pt")[0] == 0 and not os.path.exists("whole.pt.tokens")
-    for stop in (3, 2):
-        with before_call(tasks.Stepper, "step", stop, send(signal.SIGTERM)):
-            assert cli(*command)[0] == 143
-        assert os.path.getsize("model.pt.tokens")
-    tokenised.clear()
-    assert cli(*command)[0] == 0 and tokenised == [] and same(weights("model.pt"), weights("whole.pt"))
-    assert not os.path.exists("model.pt.tokens")
-
-
-def test_a_run_killed_at_random_moments_ends_as_an_undisturbed_one(small):
-    """Each time the same command again; states are saved at the ends of epochs, or (0 seconds) in between as well."""
-    command, waits = ["pretrain", small, *TINY, "--steps", 40], np.random.default_rng().random(2) / 5
-    assert cli(*command, "-o", "whole.pt")[0] == 0
-    for save_seconds, wait in zip((300, 0), waits):
-        run = Forked(*command, "-o", "m.pt", SAVE_SECONDS=save_seconds)
-        wait_for(lambda: os.path.exists("m.pt.state") and "training" in open("0.txt").read(), run)
-        time.sleep(wait)
-        run.kill()
-        run.join()
-    code, said = cli(*command, "-o", "m.pt")
-    assert code == 0 and "going on from step" in said and same(weights("m.pt"), weights("whole.pt")), waits
-    assert open("m.pt.jsonl").read() == open("whole.pt.jsonl").read() and not os.path.exists("m.pt.state"), waits
 
 
 def test_one_run_an_output(small, quick):
@@ -359,8 +313,7 @@ def test_one_run_an_output(small, quick):
     for ours in names[:2]:
         with tasks.Output(ours):
             for other in names:
-                code, said = cli("pretrain", small, *TINY, "--steps", 1, "-o", other)
-                assert code == 2 and "another run is writing" in said and "model.pt" in said
+                says(2, ["another run is writing", "model.pt"], "pretrain", small, *TINY, "--steps", 1, "-o", other)
     assert cli("pretrain", small, *TINY, "--steps", 1, "-o", "link.pt")[0] == 0
     assert os.path.islink("link.pt") and sorted(os.listdir()) == ["here", "link.pt", "model.pt", "model.pt.jsonl",
                                                                   "small.jsonl"]

@@ -28,21 +28,6 @@ def encoder(model, layers=3, ctx=64, **more):
 
 # ---- the variants and every model -------------------------------------------------------------------
 
-@pytest.mark.parametrize("model, bound, changed", [("codessm-8k", 1e-5, "layers.0.forward_ssm.D"),
-                                                   ("codessm-hf", 0, "layers.0.local.0.weight")])
-def test_a_variant_with_codessms_weights_is_codessm(model, bound, changed):
-    """Eight equal kernels are one, a short convolution starts as nothing; until one of them changes."""
-    ids, one, variant = torch.randint(50, (2, 40)), encoder("codessm"), encoder(model)
-    weights, own = one.state_dict(), variant.state_dict()
-    assert {name.split(".")[2] for name in own.keys() - weights.keys()} <= {"local"}
-    assert variant.config["kernels"] == MODELS[model].k == len(own["layers.0.forward_ssm.D"])
-    variant.load_state_dict(own | {name: weights[name].expand(own[name].shape) for name in weights})
-    with torch.no_grad():
-        assert (one(ids) - variant(ids)).abs().max() <= bound
-        own[changed][-1] += 1
-        assert (one(ids) - variant(ids)).abs().max() > 1e-4
-
-
 def test_dropout_is_of_both_products_in_training_alone():
     ids, one, do, seen = torch.randint(50, (8, 48)), encoder("codessm"), encoder("codessm-do"), []
     do.load_state_dict(one.state_dict())
@@ -84,19 +69,7 @@ def test_padding_changes_no_answer(model, plain, more):
                 assert alone.norm() > 0.01 * made.embed(ids[row, :n][None]).norm(), "too small to see anything"
                 worst[masked] = max(worst[masked], (batch[row, :n] - alone).abs().max().item())
     assert worst[True] > 1e-3 if model == "codef" else worst[True] < 1e-5
-    assert model in CAUSAL or worst[False] > 1e-3
-
-
-@pytest.mark.parametrize("model", MODELS)
-def test_who_sees_what(model):
-    """A token changes what follows it, and what precedes it unless the model is causal; nothing is drawn at random."""
-    made, ids, state = encoder(model, layers=4), torch.arange(40)[None], torch.get_rng_state()
-    changed = ids.clone()
-    changed[0, 17] = 45
-    with torch.no_grad():  # (of zamba's layers two call the shared block)
-        seen = (made(ids) - made(changed)).abs().amax(-1)[0]
-    assert (seen[17:] > 0).all() and torch.equal(torch.get_rng_state(), state)
-    assert (seen[:17] == 0).all() if model in CAUSAL else (seen[:17] > 0).all()
+    assert worst[False] < 1e-5 if model in CAUSAL else worst[False] > 1e-3
 
 
 @torch.no_grad()
@@ -107,9 +80,9 @@ def outputs_of(objective, case):
     return arrays(objective.outputs(case.valid, case.split))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("model", MODELS)
-def test_each_task_trains_each_model(model, kind, make_case, tmp_path):
+@pytest.mark.parametrize("model, kind", [*((model, "mlm") for model in MODELS),
+                                         *(("codessm", kind) for kind in KINDS if kind != "mlm")])
+def test_each_task_and_each_model_is_trained(model, kind, make_case, tmp_path):
     """A step changes every parameter; its file and its frozen copy, which shares them all, say the same to the bit."""
     case = make_case(kind, batch=12, d=64, model=model)
     objective, batch = case.objective, min(case.train, key=lambda batch: batch.lengths.min())  # it has empty rows
