@@ -25,8 +25,9 @@ import signal
 import sys
 import time
 import zlib
+from collections import Counter
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import Callable, Iterator, NamedTuple, Sequence
 
 # a file of the same name in the user's folder would shadow one of our flat modules
 for name in ("data", "tasks"):
@@ -43,6 +44,7 @@ if Path(sys.argv[0]).stem == "codessm" and signal.getsignal(signal.SIGINT) is si
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import click
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import pad
@@ -646,12 +648,14 @@ class Encoder(nn.Module):
             elif isinstance(module, nn.Linear):
                 tasks.initialise(module, d)
 
-    def forward(self, ids: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, ids: torch.Tensor, lengths: torch.Tensor | None = None,
+                below: list[torch.Tensor] | None = None) -> torch.Tensor:
         """Hidden states (B, L, d), float32, of right-padded token ids (B, L), int32 or int64.
 
         `lengths` (B,) counts the real tokens of each row; without it every token is real. Hidden states at padding are
-        unspecified. Real positions do not depend on padding, except in codef, whose DFT spans it. Raises
-        `data.Problem` where L is beyond the learned positions.
+        unspecified. Real positions do not depend on padding, except in codef, whose DFT spans it. The input of each
+        layer, (B, L, d), is appended to `below`, if it is given. Raises `data.Problem` where L is beyond the learned
+        positions.
         """
         mask, L = None, ids.shape[1]
         if self.max_length and L > self.max_length:
@@ -665,12 +669,16 @@ class Encoder(nn.Module):
         X = self.embed(ids, chunks)
         if not chunks:
             for layer, side_input in zip(self.layers, type(self.layers[0]).side_inputs(self, X)):
+                if below is not None:
+                    below.append(X)
                 X = layer(X, side_input, mask)
             return X
         mask = None if mask is None else in_chunks(mask, chunks)
         # (R requires a gradient even here, or the first layer would be compiled apart from the others)
         R = X.new_zeros(X.shape, dtype=compute_dtype(X)).requires_grad_(X.requires_grad)
         for layer, kernels in zip(self.layers, self.kernels(L, compute_dtype(X))):
+            if below is not None:
+                below.append(self.in_tokens(X, R)[:, :L])
             X, R = layer(X, R, kernels, mask)
         return self.in_tokens(X, R)[:, :L]
 
@@ -1339,6 +1347,245 @@ def format_row(row: dict) -> str:
     ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
     return case + (f"{row['samples_per_second']:10,.1f} {row['tokens_per_second']:10,.0f} {memory:>8} "
                    f"{row['share']:6.2f} {ratio:>6} {row['first_seconds']:7.1f} s")
+
+
+BLOCKS = "▁▂▃▄▅▆▇█"
+PLAIN_ROWS = 8  # kernels per direction that have a row each in a table
+
+
+def draw(values: Sequence[float], width: int = 24) -> str:
+    """Values of 0 or more as a row of blocks, whose height is the largest value of each stretch."""
+    parts = [max(part) for part in np.array_split(np.asarray(values, float), min(width, len(values)))]
+    return "".join(BLOCKS[round(7 * part / (max(parts) or 1))] for part in parts)
+
+
+def describe_filters(number: int, direction: str, found: tasks.Filters) -> Iterator[str]:
+    """The rows of a table: one for each kernel, or one of their means if they are many."""
+    kernels = range(len(found.classes)) if len(found.classes) <= PLAIN_ROWS else [slice(None)]
+    for kernel in kernels:
+        one = [np.mean(values[kernel], axis=0 if isinstance(kernel, slice) else None) for values in (
+            found.peak, found.centroid, found.bandwidth, *found.energy.T, found.memory)]
+        magnitude, name, counts = found.magnitude[kernel], "all", Counter(found.classes)
+        if isinstance(kernel, int):
+            name, counts = str(kernel + 1), {found.classes[kernel]: 0}
+        else:
+            magnitude = magnitude.mean(0)
+        classes = ", ".join(f"{filter} {count}" if count else filter for filter, count in counts.items())
+        yield (f"{number:5}  {direction:9} {name:>6}  {one[0]:5.2f} {one[1]:8.3f} {one[2]:9.3f}  "
+               + " ".join(f"{share:6.2f}" for share in one[3:6]) + f" {one[6]:7.0f}  {draw(magnitude)}  {classes}")
+
+
+def rows_of_filters(filters: dict[tuple[int, str], tasks.Filters]) -> list[dict]:
+    """A dict for each kernel, for JSON."""
+    return [dict(layer=number, direction=direction, kernel=i + 1, filter=found.classes[i],
+                 **{name: float(getattr(found, name)[i]) for name in ("peak", "centroid", "bandwidth")},
+                 energy=dict(zip(tasks.THIRDS, found.energy[i].tolist())), memory=int(found.memory[i]),
+                 impulse=found.impulse[i].tolist())
+            for (number, direction), found in filters.items() for i in range(len(found.classes))]
+
+
+def import_pyplot(plot: str):
+    """matplotlib.pyplot, drawing in greys; raises `Problem` if it is not installed or `plot` cannot be written."""
+    if Path(plot).suffix not in (".png", ".pdf", ".svg"):
+        raise click.UsageError(f"--plot {plot}: give a name that ends in .png, .pdf or .svg")
+    data.check_writable(plot, "--plot")
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as pyplot
+    except ImportError:
+        raise Problem("--plot needs matplotlib: pip install 'codessm[plot]'") from None
+    pyplot.rcParams.update({"font.size": 8, "lines.linewidth": 1, "axes.spines.top": False, "axes.spines.right": False})
+    return pyplot
+
+
+def plot_filters(pyplot, path: str, models: dict[str, dict[tuple[int, str], tasks.Filters]]) -> None:
+    """Magnitude and phase of each layer and direction, and the classes of each layer; a second model is in grey."""
+    layers = sorted({number for filters in models.values() for number, _ in filters})
+    figure, axes = pyplot.subplots(len(layers) + 1, 2, figsize=(7, 1.1 * len(layers) + 2), squeeze=False,
+                                   height_ratios=[1] * len(layers) + [1.8], layout="constrained")
+    for (name, filters), shade in zip(models.items(), ("black", "0.6")):
+        for (number, direction), found in filters.items():
+            f = np.linspace(0, 1, found.magnitude.shape[1])
+            for axis, curves in zip(axes[layers.index(number)], (found.magnitude, found.phase / np.pi)):
+                for i, curve in enumerate(curves[:PLAIN_ROWS]):
+                    axis.plot(f, curve, color=shade, linestyle="-" if direction == "forward" else "--",
+                              label=f"{name}, {direction}" if i == 0 else None)
+    for number, (left, right) in zip(layers, axes):
+        left.set_ylabel(f"layer {number}")
+        left.set_yscale("log")
+        for axis in (left, right):
+            axis.set_xlim(0, 1)
+            axis.tick_params(labelbottom=number == layers[-1])
+    axes[0, 0].set_title("magnitude")
+    axes[0, 1].set_title("phase / π")
+    for axis in axes[len(layers) - 1]:
+        axis.set_xlabel("frequency (1 is half a cycle per token)")
+    names = list(dict.fromkeys(tasks.FILTERS.values()))
+    for place, (axis, (name, filters)) in enumerate(zip(axes[-1], [*models.items(), (None, {})])):
+        axis.set_visible(bool(filters))
+        bottom = np.zeros(len(layers))
+        for i, kind in enumerate(names):
+            counts = np.array([sum(found.classes.count(kind) for (n, _), found in filters.items() if n == number)
+                               for number in layers])
+            if counts.any():
+                axis.bar(layers, counts, bottom=bottom, color=str(i / len(names)), edgecolor="black", linewidth=0.5,
+                         hatch=["", "", "//", "", "xx"][i], label=kind)
+                bottom += counts
+        if filters:
+            axis.set_xlabel(f"layer ({name})")
+            axis.set_ylabel("kernels")
+            axis.set_xticks(layers)
+            axis.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
+    save_figure(pyplot, figure, path)
+
+
+def save_figure(pyplot, figure, path: str) -> None:
+    with data.atomic(path) as file:
+        figure.savefig(file, format=Path(path).suffix[1:], dpi=200)
+    pyplot.close(figure)
+    info(f"figure in {path}")
+
+
+def read_curve(path: str) -> dict[str, np.ndarray]:
+    """A metrics log as (n, 3) arrays of step, tokens and value, by the name of the validation metric."""
+    rows = [json.loads(line) for line in data.read_text(path).splitlines()]
+    trained = [(0, 0)] + [(row["step"], row["tokens"]) for row in rows if "tokens" in row]
+    found: dict[str, list] = {}
+    for row in rows:
+        for name, value in row.items():
+            if name.startswith("valid_"):
+                tokens = np.interp(row["step"], *zip(*trained))
+                found.setdefault(name[6:], []).append((row["step"], tokens, value))
+    return {name: np.array(points) for name, points in found.items()}
+
+
+def compare_runs(paths: Sequence[str], plot: str | None, against: str, as_json: bool) -> None:
+    """The validation metric of several runs against steps or tokens, from their metrics logs."""
+    pyplot = import_pyplot(plot) if plot else None
+    curves = {path: read_curve(path) for path in paths}
+    known = dict.fromkeys(("accuracy", *(task.metric for task in data.TASKS.values())))
+    metric = next((name for name in known if all(name in curve for curve in curves.values())), None)
+    if metric is None:
+        raise Problem(f"{data.listed(paths)}: there is no metric that all of them were validated with")
+    if as_json:
+        click.echo(json.dumps({"metric": metric, "runs": [
+            dict(log=path, **dict(zip(("steps", "tokens", "values"), curve[metric].T.tolist())))
+            for path, curve in curves.items()]}))
+    else:
+        width = max(map(len, paths))
+        click.echo(f"{'log':{width}} {'steps':>8} {'tokens':>13} {'last':>7} {'best':>7}  {metric} against {against}")
+        for path, curve in curves.items():
+            points, column = curve[metric], 1 if against == "tokens" else 0
+            grid = np.linspace(0, points[-1, column], 24)
+            click.echo(f"{path:{width}} {points[-1, 0]:8,.0f} {points[-1, 1]:13,.0f} {points[-1, 2]:7.4f} "
+                       f"{points[:, 2].max():7.4f}  {draw(np.interp(grid, points[:, column], points[:, 2]))}")
+    if pyplot:
+        figure, axis = pyplot.subplots(figsize=(5, 3.2), layout="constrained")
+        for i, (path, curve) in enumerate(curves.items()):
+            axis.plot(curve[metric][:, 1 if against == "tokens" else 0], curve[metric][:, 2],
+                      color=str(0.6 * (i // 4 % 2)), linestyle=["-", "--", ":", "-."][i % 4], marker=".", label=path)
+        axis.set_xlabel(against)
+        axis.set_ylabel(f"validation {metric}")
+        axis.legend(frameon=False)
+        save_figure(pyplot, figure, plot)
+
+
+@cli.command(epilog="Example: codessm interpret model.pt devign.pt --probe --plot shift.pdf")
+@click.argument("paths", nargs=-1, required=True)
+@click.option("--length", **integer(8, 2**20), help="Tokens after which the kernels' responses are cut.  [default: as "
+                                                   "many as the first model was trained on]")
+@click.option("--threshold", type=click.FloatRange(0, 1, min_open=True), default=0.5, show_default=True,
+              help="A third of the spectrum passes if its mean magnitude is this share of the strongest third's.")
+@click.option("--probe", is_flag=False, flag_value=data.STANDARD_LIBRARY, metavar="[PATH]",
+              help="Probe the layers with the Python code below PATH.  [default PATH: the standard library]")
+@click.option("--pairs", **integer(8, default=1000), show_default=True, help="Pairs of each label that train a probe.")
+@click.option("--plot", metavar="FILE", help="Draw a figure, .png, .pdf or .svg (pip install 'codessm[plot]').")
+@click.option("--against", type=click.Choice(["steps", "tokens"]), default="steps", show_default=True,
+              help="What the curves of metrics logs run along.")
+@options("--seed --device --json", seed="Seed of the choice of pairs.")
+def interpret(paths, length, threshold, probe, pairs, plot, against, seed, device, as_json):
+    """Show what kernels and layers have learned.
+
+    PATHS: a checkpoint, two checkpoints (before and after fine-tuning), or metrics logs of runs (model.pt.jsonl).
+
+    Kernels are analysed as filters, at frequencies from 0 to 1, half a cycle per token: peak, the frequency of the
+    largest magnitude; centroid and width, mean and standard deviation of the frequency, weighted by power; low, middle
+    and high, the shares of power in the thirds of the spectrum; memory, the lag up to which 95 % of the energy of the
+    impulse response lies. The class says which thirds pass (see --threshold): low or low and middle, low-pass; middle,
+    band-pass; high or middle and high, high-pass; low and high, band-stop; all three, all-pass. Of two checkpoints also
+    what moved; a positive shift of the centroid is toward high frequencies, that is short range.
+
+    --probe trains a linear probe on the hidden states of each layer, for three relations between two tokens: their
+    distance in the syntax tree (2 to 6 edges), whether they are siblings in it, and whether a definition reaches a use.
+    In brackets is the accuracy of the control task, in which each pair of words has a random label: a probe is of
+    interest as far as it is above that. Layer 0 is the embedding.
+    """
+    if all(os.path.isfile(path) and data.is_log(path) for path in paths):
+        compare_runs(paths, plot, against, as_json)
+        return
+    if len(paths) > 2:
+        raise click.UsageError("give one or two checkpoints, or metrics logs alone")
+    pyplot = import_pyplot(plot) if plot else None
+    models = {path: load(path, choose_device(device)) for path in dict.fromkeys(paths)}
+    length = length or next(iter(models.values())).ctx
+    filters = {path: tasks.kernel_filters(model.encoder, length, threshold) for path, model in models.items()}
+    if not any(filters.values()) and (plot or not probe):
+        raise Problem(f"{data.listed(models)}: no S4D kernels to show; --probe without --plot looks at the layers")
+    result: dict = {"threshold": threshold, "models": [
+        dict(checkpoint=path, model=model.encoder.config["model"], task=model.name, length=length,
+             kernels=rows_of_filters(filters[path])) for path, model in models.items()]}
+    for path, model in models.items() if not as_json else ():
+        config = model.encoder.config
+        click.echo(f"{path}: {config['model']}, {len(model.encoder.layers)} x {config['d']}, {model.name}"
+                   + (f"; {length} tokens" if filters[path] else "; no S4D kernels"))
+        if filters[path]:
+            click.echo("layer  direction kernel   peak centroid     width     low middle   high  memory  "
+                       f"{'magnitude, 0 to 1':24}  class")
+        for key, found in filters[path].items():
+            for line in describe_filters(*key, found):
+                click.echo(line)
+    first, *second = filters.values()
+    if second and first and first.keys() == second[0].keys() and all(
+            len(first[key].classes) == len(second[0][key].classes) for key in first):
+        show_shift(first, second[0], result, as_json)
+    elif second and any(second):
+        info("the two have different kernels, so nothing is said of a shift")
+    if probe:
+        found = data.probe_functions([probe], pairs, lambda code: all(
+            len(model.tokenizer.encode(code)) <= model.ctx - 2 for model in models.values()), seed)
+        result["probe"] = {path: tasks.probe_layers(model, found) for path, model in models.items()}
+        for path, relations in result["probe"].items() if not as_json else ():
+            click.echo(f"{path}: accuracy of linear probes (control task)")
+            click.echo("layer  " + "".join(f"{f'{name}, of {data.RELATIONS[name]}':>16}" for name in relations))
+            for number, layer in enumerate(zip(*relations.values())):
+                click.echo(f"{number:5}  " + "".join(f"{row['accuracy']:9.3f} ({row['control']:.2f})" for row in layer))
+    if pyplot:
+        plot_filters(pyplot, plot, {path: found for path, found in filters.items() if found})
+    if as_json:
+        click.echo(json.dumps(result))
+
+
+def show_shift(before: dict, after: dict, result: dict, as_json: bool) -> None:
+    """Print what moved between the kernels of two models, or put it into the result."""
+    shifts = {key: tasks.filter_shift(before[key], after[key]) for key in before}
+    layers = {number: float(np.mean([shift["shift"] for (n, _), shift in shifts.items() if n == number]))
+              for number, _ in shifts}
+    result["shift"] = dict(model=float(np.mean([*layers.values()])), layers=layers, kernels=[
+        dict(layer=number, direction=direction, **shift) for (number, direction), shift in shifts.items()])
+    if as_json:
+        return
+    click.echo("layer  direction  centroid      shift     low middle   high  memory  changes")
+    for (number, direction), shift in shifts.items():
+        changes = ", ".join(f"{change}" + f" x {n}" * (n > 1) for change, n in shift["changes"].items())
+        centroid = after[number, direction].centroid.mean()
+        click.echo(f"{number:5}  {direction:9} {centroid:9.3f} {shift['shift']:+10.4f}  " + " ".join(
+            f"{share:+6.2f}" for share in shift["energy"]) + f" {shift['memory']:+7.0f}  {changes}")
+    click.echo("spectral shift a layer: " + ", ".join(f"{n}: {shift:+.4f}" for n, shift in layers.items()))
+    total = result["shift"]["model"]
+    click.echo(f"spectral shift of the model: {total:+.4f}" + ("" if abs(total) < 5e-5 else
+                                                             f", toward {'short' if total > 0 else 'long'} range"))
 
 
 @cli.command(epilog="Example: codessm corpus ~/projects -o corpus.jsonl")

@@ -1609,16 +1609,19 @@ def source_files(paths: list[str]) -> Iterator[tuple[str, str]]:
                 yield path, os.path.relpath(path, above)
 
 
-def read_sources(paths: list[str], languages: Iterable[str] = ()) -> Iterator[tuple[str, str, str]]:
+def read_sources(paths: list[str], languages: Iterable[str] = (), mixed: bool = False
+                 ) -> Iterator[tuple[str, str, str]]:
     """(source, language, path in the tree) of each source file under `paths`; prints what was left out.
 
-    With `languages`, only files of these. Raises `Problem` if there are none.
+    With `languages`, only files of these; `mixed`, in the order of a hash. Raises `Problem` if there are none.
     """
     files = [(path, relative, language) for path, relative in source_files(paths)
              if (language := language_of(path) or "unknown") in languages or not languages]
     if not files:
         known = " ".join(ending for ending, language in LANGUAGES.items() if not languages or language in languages)
         raise Problem(f"{', '.join(paths)}: no source files; known are {known}")
+    if mixed:
+        files.sort(key=lambda file: digest(file[1]))
     skipped: Counter[str] = Counter()
     for path, relative, language in progress(files, desc="reading sources", unit=" files"):
         try:
@@ -1685,6 +1688,14 @@ class Positions:
         return tuple(self.starts[line - 1] + len(self.rows[line - 1].encode()[:column].decode()) for line, column in (
             (node.lineno, node.col_offset), (node.end_lineno, node.end_col_offset)))
 
+    def tokens(self) -> tuple[list[tokenize.TokenInfo], list[int]]:
+        """The tokens of Python source without comments and layout, and where each starts."""
+        layout = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
+                  tokenize.ENDMARKER}
+        tokens = [token for token in tokenize.generate_tokens(iter(self.rows).__next__)
+                  if token.type not in layout and token.string]
+        return tokens, [self.starts[token.start[0] - 1] + token.start[1] for token in tokens]
+
 
 def python_functions(source: str) -> Iterator[dict]:
     """Each function and method, decorators included, with its docstring apart and its indent taken off.
@@ -1725,6 +1736,202 @@ def file_examples(path: str, kind: str) -> Iterator[Example]:
                 raise Problem(f"{record['path']}: not Python that parses ({error or type(error).__name__})") from None
         if texts:  # of Python that is comments alone there is no token
             yield Example(texts, [UNK] * len(texts), record)
+
+
+# ---- relations between tokens, for probes -----------------------------------------------------------
+
+RELATIONS = {"distance": 5, "siblings": 2, "data flow": 2}  # the number of labels of each
+# what is evaluated before what, where the order of the fields of ast says otherwise
+EVALUATED = {ast.Assign: "value targets", ast.AnnAssign: "annotation value target", ast.AugAssign: "value target",
+             ast.NamedExpr: "value target", ast.For: "iter target body orelse", ast.AsyncFor: "iter target body orelse",
+             ast.comprehension: "iter target ifs", ast.ListComp: "generators elt", ast.SetComp: "generators elt",
+             ast.GeneratorExp: "generators elt", ast.DictComp: "generators key value"}
+
+
+class Relations(NamedTuple):
+    """A function for probes, the (begin, end) of its tokens in it, and labelled pairs (i, j, label) of tokens."""
+    code: str
+    spans: list[tuple[int, int]]
+    pairs: dict[str, list[tuple[int, int, int]]]  # by the name of the relation
+
+
+def token_paths(tree: ast.AST, positions: Positions, starts: list[int]) -> list[tuple[int, ...]]:
+    """For each token, the nodes from the root of the syntax tree down to it, by their numbers; its own is the last.
+
+    A token that is all of its innermost node is that node, as x in `x + 1`; any other is a leaf below its innermost
+    node, as +. What is inside an f-string belongs to the whole of it.
+    """
+    paths: list[tuple[int, ...]] = [(0,)] * len(starts)
+    whole, count = [False] * len(starts), itertools.count(1)
+    waiting = [(tree, (0,))]
+    while waiting:
+        node, path = waiting.pop()
+        if hasattr(node, "lineno"):
+            first, last = np.searchsorted(starts, positions.span(node)).tolist()
+            path = (*path, next(count))
+            paths[first:last] = [path] * (last - first)
+            whole[first:last] = [last - first == 1] * (last - first)
+        if not isinstance(node, ast.JoinedStr):
+            waiting += [(child, path) for child in reversed([*ast.iter_child_nodes(node)])]
+    return [path if own_node else (*path, next(count)) for path, own_node in zip(paths, whole)]
+
+
+def tree_distance(a: tuple[int, ...], b: tuple[int, ...]) -> int:
+    """The edges between two tokens in the syntax tree, from their paths."""
+    common = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+    return len(a) + len(b) - 2 * common
+
+
+class DataFlow(ast.NodeVisitor):
+    """Collects `edges`, (definition, use) nodes: a variable to its uses in the same scope up to its next definition.
+
+    Statements count in the order of the source: branches and loops are not followed. A comprehension belongs to the
+    scope around it. `uses` are all nodes that read a variable.
+    """
+
+    def __init__(self):
+        self.definitions: dict[str, ast.AST] = {}  # of the current scope
+        self.edges: list[tuple[ast.AST, ast.AST]] = []
+        self.uses: list[ast.Name] = []
+
+    def generic_visit(self, node: ast.AST) -> None:
+        names = EVALUATED[type(node)].split() if type(node) in EVALUATED else node._fields
+        for child in itertools.chain(*(value if isinstance(value, list) else [value]
+                                       for value in (getattr(node, name, None) for name in names))):
+            if isinstance(child, ast.AST):
+                self.visit(child)
+        for field in ("asname", "rest") if isinstance(node, (ast.alias, ast.MatchMapping)) else ("name",):
+            if isinstance(getattr(node, field, None), str):
+                self.definitions.pop(getattr(node, field), None)  # defined anew, by what is no variable's token
+
+    def visit_Name(self, node: ast.Name) -> None:
+        if isinstance(node.ctx, ast.Load):
+            self.uses.append(node)
+            if node.id in self.definitions:
+                self.edges.append((self.definitions[node.id], node))
+        elif isinstance(node.ctx, ast.Store):
+            self.definitions[node.id] = node
+        else:
+            self.definitions.pop(node.id, None)
+
+    def visit_AugAssign(self, node: ast.AugAssign) -> None:
+        self.visit(node.value)
+        if isinstance(node.target, ast.Name):
+            self.visit_Name(ast.copy_location(ast.Name(node.target.id, ast.Load()), node.target))
+        self.visit(node.target)
+
+    def visit_arg(self, node: ast.arg) -> None:
+        self.definitions[node.arg] = node
+
+    def visit_FunctionDef(self, node: ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda | ast.ClassDef) -> None:
+        body = node.body if isinstance(node.body, list) else [node.body]
+        inside = [*([node.args] if hasattr(node, "args") else []), *body]
+        outside = [*getattr(node, "decorator_list", []), *getattr(node, "bases", []), *getattr(node, "keywords", [])]
+        if hasattr(node, "args"):
+            outside += [*node.args.defaults, *filter(None, node.args.kw_defaults)]
+            inside[0] = ast.arguments(**vars(node.args) | dict(defaults=[], kw_defaults=[]))
+        for child in outside:
+            self.visit(child)
+        self.definitions.pop(getattr(node, "name", None), None)
+        around, self.definitions = self.definitions, {}
+        for child in inside:
+            self.visit(child)
+        self.definitions = around
+
+    visit_AsyncFunctionDef = visit_Lambda = visit_ClassDef = visit_FunctionDef
+
+
+def relations(code: str) -> Relations:
+    """The relations of all pairs of tokens of Python code.
+
+        distance   2, 3, 4, 5 or 6 edges between two tokens in the syntax tree, labels 0 to 4
+        siblings   1 for tokens with the same parent node; 0 for others
+        data flow  1 for a definition and a use that it reaches (`DataFlow`); 0 for a definition and a later use that
+                   it does not reach
+
+    Raises `UNPARSABLE`.
+    """
+    tree, positions = parse_python(code), Positions(code)
+    tokens, starts = positions.tokens()
+    paths = token_paths(tree, positions, starts)
+    pairs: dict[str, list[tuple[int, int, int]]] = {name: [] for name in RELATIONS}
+    for i, j in itertools.combinations(range(len(tokens)), 2):
+        distance = tree_distance(paths[i], paths[j])
+        if 2 <= distance <= 6:
+            pairs["distance"].append((i, j, distance - 2))
+        pairs["siblings"].append((i, j, int(paths[i][:-1] == paths[j][:-1])))
+    flow = DataFlow()
+    flow.visit(tree)
+    number = {start: i for i, start in enumerate(starts)}
+
+    def token(node: ast.AST) -> int | None:
+        return number.get(positions.span(node)[0])
+
+    edges = {(token(definition), token(use)) for definition, use in flow.edges} - {(None, None)}
+    edges = {(i, j) for i, j in edges if i is not None and j is not None}
+    uses = {i for i in map(token, flow.uses) if i is not None}
+    pairs["data flow"] = [(i, j, int((i, j) in edges)) for i in sorted({i for i, _ in edges}) for j in sorted(uses)
+                          if j > i or (i, j) in edges]
+    return Relations(code, [(start, start + len(t.string)) for start, t in zip(starts, tokens)], pairs)
+
+
+def choose_pairs(function: Relations, rng: np.random.Generator, most: int = 4) -> dict[str, list[tuple[int, int, int]]]:
+    """At most so many pairs of each label, at random, such that neither place nor spelling alone tells the label.
+
+    Pairs that are no siblings are as far apart in the text as the chosen siblings; up to half of the pairs without a
+    data flow are of one name.
+    """
+    words, chosen = [function.code[begin:end] for begin, end in function.spans], {}
+    for name, pairs in function.pairs.items():
+        order = [pairs[i] for i in rng.permutation(len(pairs))]
+        by_label = [[pair for pair in order if pair[2] == label] for label in range(RELATIONS[name])]
+        if name == "siblings":
+            apart, alike = Counter(j - i for i, j, _ in by_label[1][:most]), []
+            for i, j, label in by_label[0]:
+                if apart[j - i]:
+                    apart[j - i] -= 1
+                    alike.append((i, j, label))
+            by_label[0] = alike
+        if name == "data flow":
+            same, other = ([pair for pair in by_label[0] if (words[pair[0]] == words[pair[1]]) == equal]
+                           for equal in (True, False))
+            by_label[0] = same[:most // 2] + other
+        chosen[name] = [pair for some in by_label for pair in some[:most]]
+    return chosen
+
+
+def probe_functions(paths: list[str], count: int, fits: Callable[[str], bool], seed: int = 0
+                    ) -> dict[str, list[Relations]]:
+    """{train, test} functions of the Python files below `paths`, with `count` and count / 4 pairs of each label.
+
+    Functions come with the pairs of `choose_pairs`; those that are long or do not pass `fits` are left out. A fifth of
+    the files, by a hash, is for the test. Raises `Problem` if the files hold too few pairs.
+    """
+    rng, found = np.random.default_rng(seed), {"train": [], "test": []}
+    missing = {(split, name, label): most for split, most in (("train", count), ("test", max(1, count // 4)))
+               for name, labels in RELATIONS.items() for label in range(labels)}
+    with progress(total=sum(missing.values()), desc="finding pairs", unit=" pairs") as bar:
+        for source, _language, path in read_sources(paths, ["python"], mixed=True):
+            split = "test" if digest("split " + path) % 5 == 0 else "train"
+            with suppress(*UNPARSABLE):
+                for code in (well_formed(function["code"]) for function in python_functions(source)):
+                    if len(code) > 2000 or not fits(code):
+                        continue
+                    function, pairs = relations(code), {}
+                    for name, some in choose_pairs(function, rng).items():
+                        pairs[name] = []
+                        for pair in some:
+                            if missing[split, name, pair[2]]:
+                                missing[split, name, pair[2]] -= 1
+                                pairs[name].append(pair)
+                                bar.update()
+                    if any(pairs.values()):
+                        found[split].append(function._replace(pairs=pairs))
+            if not any(missing.values()):
+                return found
+    _, name, label = next(key for key, most in missing.items() if most)
+    raise Problem(f'{listed(paths)}: too few pairs of tokens for "{name}", label {label}: give --probe more Python '
+                  "files, or fewer --pairs")
 
 
 # ---- generated benchmarks ---------------------------------------------------------------------------
@@ -1820,10 +2027,7 @@ def typed_tokens(source: str, always: bool = False) -> tuple[list[str], list[str
     typed = [node for node in ast.walk(tree) if getattr(node, "annotation", None) or getattr(node, "returns", None)]
     if not typed and not always:
         return [], [], []
-    layout = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
-    tokens = [token for token in tokenize.generate_tokens(iter(positions.rows).__next__)
-              if token.type not in layout and token.string]
-    starts = [positions.starts[token.start[0] - 1] + token.start[1] for token in tokens]
+    tokens, starts = positions.tokens()
     labels: list[str | None] = [None] * len(tokens)
     annotation_tokens: set[int] = set()
 

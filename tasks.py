@@ -541,6 +541,177 @@ def rank_candidates(queries: Tensor, candidates: Tensor, query: np.ndarray, gold
     return torch.cat(ranks).numpy(), torch.cat(top).numpy()
 
 
+# ---- kernel analysis and probes ---------------------------------------------------------------------
+
+FREQUENCIES = 4096  # steps from 0 to half a cycle per token
+THIRDS = ("low", "middle", "high")
+FILTERS = {(True, False, False): "low-pass", (True, True, False): "low-pass", (False, True, False): "band-pass",
+           (False, True, True): "high-pass", (False, False, True): "high-pass", (True, False, True): "band-stop",
+           (True, True, True): "all-pass"}  # by the thirds of the spectrum that pass
+
+
+class Filters(NamedTuple):
+    """What k S4D kernels do as filters, in float64. Frequencies are shares of half a cycle per token, from 0 to 1."""
+    impulse: np.ndarray    # (k, L): h[0] = K[0] + D, h[l] = K[l]
+    magnitude: np.ndarray  # (k, F + 1): |H(f)|, H(f) = sum_l h[l] exp(-i pi f l), at f = 0, 1 / F, ..., 1
+    phase: np.ndarray      # (k, F + 1), radians, unwrapped
+    peak: np.ndarray       # (k,) the f of the largest magnitude
+    centroid: np.ndarray   # (k,) the mean of f, weighted by |H(f)|^2
+    bandwidth: np.ndarray  # (k,) the standard deviation of f, weighted likewise
+    energy: np.ndarray     # (k, 3) shares of |H(f)|^2 in the thirds of the spectrum: low, middle, high
+    memory: np.ndarray     # (k,) the lag, in tokens, up to which 95 % of the energy of h lies
+    classes: list[str]     # one of `FILTERS`
+
+
+@torch.no_grad()
+def analyse(ssm: nn.Module, L: int, threshold: float = 0.5) -> Filters:
+    """The `Filters` of an S4D module, whose response is cut after L tokens.
+
+    A third of the spectrum passes if its mean magnitude is at least `threshold` times that of the strongest third; the
+    thirds that pass name the class: low or low and middle, low-pass; middle, band-pass; high or middle and high,
+    high-pass; low and high, band-stop; all, all-pass.
+    """
+    ssm = copy.deepcopy(ssm).cpu().double()
+    h = ssm.kernel(L).reshape(-1, L).numpy()
+    h[:, 0] += ssm.D.flatten().numpy()
+    F = max(FREQUENCIES, 2 ** math.ceil(math.log2(L)))
+    H = np.fft.rfft(h, 2 * F)
+    f, magnitude = np.linspace(0, 1, F + 1), np.abs(H)
+    power = magnitude ** 2
+    power[:, [0, -1]] /= 2  # trapezoidal rule
+    power /= power.sum(1, keepdims=True).clip(min=np.finfo(float).tiny)
+    centroid = power @ f
+    third = np.minimum(np.arange(F + 1) * 3 // F, 2)
+    levels = np.stack([magnitude[:, third == i].mean(1) for i in range(3)], 1)
+    energy = np.cumsum(h ** 2, 1)
+    return Filters(
+        h, magnitude, np.unwrap(np.angle(H)), f[magnitude.argmax(1)], centroid,
+        np.sqrt((power * (f - centroid[:, None]) ** 2).sum(1)),
+        np.stack([power[:, third == i].sum(1) for i in range(3)], 1),
+        (energy < 0.95 * energy[:, -1:]).sum(1),
+        [FILTERS[tuple(passing)] for passing in (levels >= threshold * levels.max(1, keepdims=True)).tolist()])
+
+
+def kernel_filters(encoder: nn.Module, L: int, threshold: float = 0.5) -> dict[tuple[int, str], Filters]:
+    """The `Filters` by (layer, direction) of all layers that have S4D kernels; layers count from 1."""
+    return {(number, direction): analyse(getattr(layer, f"{direction}_ssm"), L, threshold)
+            for number, layer in enumerate(encoder.layers, 1) for direction in ("forward", "backward")
+            if hasattr(layer, f"{direction}_ssm")}
+
+
+def filter_shift(before: Filters, after: Filters) -> dict:
+    """What moved between two `Filters` of as many kernels, on average over them.
+
+    shift: of the centroid; positive is toward high frequencies, that is toward short range. energy: what the low,
+    middle and high third gained. memory: tokens gained. changes: {"low-pass > band-pass": kernels} of those whose
+    class changed.
+    """
+    changes = Counter(f"{a} > {b}" for a, b in zip(before.classes, after.classes) if a != b)
+    return dict(shift=float((after.centroid - before.centroid).mean()),
+                energy=(after.energy - before.energy).mean(0).tolist(),
+                memory=float((after.memory - before.memory).mean()), changes=dict(changes))
+
+
+class Pairs(NamedTuple):
+    """Pairs of tokens, for one relation: rows of a table of hidden states, (n, 2), and int64 labels (n,).
+
+    `control` are labels (n,) drawn at random for each pair of words: what a probe reads off the words alone, and by
+    heart (Hewitt and Liang 2019, arXiv 1909.03368).
+    """
+    rows: np.ndarray
+    labels: np.ndarray
+    control: np.ndarray
+
+
+def pairs_of(functions: list[data.Relations]) -> tuple[list[tuple[int, int]], dict[str, Pairs]]:
+    """The (function, token) that occur in pairs, in order, and the `Pairs` of each relation, whose rows number them."""
+    row: dict[tuple[int, int], int] = {}
+    found = {name: [] for name in data.RELATIONS}
+    for number, function in enumerate(functions):
+        words = [function.code[begin:end] for begin, end in function.spans]
+        for name, pairs in function.pairs.items():
+            for i, j, label in pairs:
+                control = data.digest(f"{name}\0{words[i]}\0{words[j]}") % data.RELATIONS[name]
+                found[name].append((*(row.setdefault((number, k), len(row)) for k in (i, j)), label, control))
+    arrays = {name: np.array(rows, np.int64).reshape(-1, 4) for name, rows in found.items()}
+    return list(row), {name: Pairs(rows[:, :2], rows[:, 2], rows[:, 3]) for name, rows in arrays.items()}
+
+
+@torch.no_grad()
+def token_states(objective: Objective, functions: list[data.Relations], tokens: list[tuple[int, int]],
+                 batch: int = 16) -> Tensor:
+    """Hidden states before, between and after the layers, (layers + 1, len(tokens), d) float16, on the CPU.
+
+    That of a token is the mean over its sub-tokens. `tokens` are (function, token), sorted by function.
+    """
+    objective, device = objective.eval(), next(objective.parameters()).device
+    tokenizer, encoder = objective.tokenizer, objective.encoder
+    encodings = [tokenizer.model.encode(function.code, add_special_tokens=False) for function in functions]
+    rows = [[] for _ in functions]  # of the tokens of each function
+    for row, (number, token) in enumerate(tokens):
+        rows[number].append((row, functions[number].spans[token]))
+    states = torch.zeros(len(encoder.layers) + 1, len(tokens), encoder.config["d"], dtype=torch.float16)
+    order = sorted(range(len(functions)), key=lambda number: -len(encodings[number].ids))
+    chunks = [order[i:i + batch] for i in range(0, len(order), batch)]
+    for chunk in data.progress(chunks, desc="encoding", unit=" batches", unit_scale=False, leave=False):
+        lengths = torch.tensor([len(encodings[number].ids) + 2 for number in chunk])
+        ids = torch.full((len(chunk), int(lengths.max())), tokenizer.pad)
+        for line, number in zip(ids, chunk):
+            own = [tokenizer.start, *encodings[number].ids, tokenizer.end]
+            line[:len(own)] = torch.tensor(own)
+        below: list[Tensor] = []
+        below.append(compute(objective, partial(encoder, below=below), dict(ids=ids, lengths=lengths)))
+        for line, number in enumerate(chunk):
+            offsets = np.array([(-1, -1), *encodings[number].offsets])
+            mean = torch.zeros(len(rows[number]), len(offsets))
+            for i, (_, (begin, end)) in enumerate(rows[number]):
+                mean[i, torch.from_numpy((offsets[:, 0] < end) & (offsets[:, 1] > begin))] = 1
+            mean /= mean.sum(1, keepdim=True).clamp(min=1)
+            for layer, hidden in enumerate(below):
+                hidden = mean.to(device) @ hidden[line, :len(offsets)].float()
+                states[layer, [row for row, _ in rows[number]]] = hidden.cpu().half()
+    return states
+
+
+def probe(train: Tensor, labels: np.ndarray, test: Tensor, classes: int, decay: float = 0.01) -> np.ndarray:
+    """The labels (n,) that a linear probe predicts for pairs of hidden states `test` (n, 2, d).
+
+    It is a multinomial logistic regression on [a * b, |a - b|] of each pair (a, b), standardised over `train`
+    (m, 2, d); its loss is the mean cross-entropy plus decay / 2 |W|^2, minimised by L-BFGS.
+    """
+    x, unseen = (torch.cat([a * b, (a - b).abs()], -1) for a, b in (part.float().unbind(1) for part in (train, test)))
+    mean, std = x.mean(0), x.std(0).clamp(min=1e-6)
+    x, unseen, y = (x - mean) / std, (unseen - mean) / std, torch.from_numpy(labels).to(x.device)
+    W, b = (torch.zeros(*shape, device=x.device, requires_grad=True) for shape in ((x.shape[1], classes), (classes,)))
+    optimizer = torch.optim.LBFGS([W, b], max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = cross_entropy(x @ W + b, y) + decay / 2 * W.square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    return (unseen @ W + b).argmax(1).cpu().numpy()
+
+
+def probe_layers(objective: Objective, functions: dict[str, list[data.Relations]]) -> dict[str, list[dict]]:
+    """For each relation, {"accuracy", "control"} of each layer's hidden states on the test functions.
+
+    Layer 0 is the embedding. Accuracies are shares of as many pairs of each label, so that chance is 1 / labels.
+    """
+    device, found = next(objective.parameters()).device, {name: [] for name in data.RELATIONS}
+    tokens, pairs = zip(*(pairs_of(functions[split]) for split in ("train", "test")))
+    states = [token_states(objective, functions[split], some) for split, some in zip(("train", "test"), tokens)]
+    jobs = [(layer, name) for layer in range(len(states[0])) for name in data.RELATIONS]
+    for layer, name in data.progress(jobs, desc="probing", unit=" probes", unit_scale=False, leave=False):
+        train, test = (table[layer, torch.from_numpy(some[name].rows)].to(device) for table, some in zip(states, pairs))
+        found[name].append({kind: float((probe(train, getattr(pairs[0][name], field), test, data.RELATIONS[name])
+                                         == getattr(pairs[1][name], field)).mean())
+                            for kind, field in (("accuracy", "labels"), ("control", "control"))})
+    return found
+
+
 # ---- devices, compiling, recording ------------------------------------------------------------------
 
 def compiling_pays(batches: Batches, steps: int) -> bool:
