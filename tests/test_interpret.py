@@ -124,12 +124,11 @@ def test_hidden_states_of_layers_and_tokens(model, tokenizer):
 
 def test_a_probe_reads_what_is_there_and_nothing_else():
     rng, draw = np.random.default_rng(0), torch.Generator().manual_seed(0)
-    pairs, labels = torch.randn(2000, 2, 16, generator=draw).half(), rng.integers(5, size=2000)
-    assert abs((tasks.probe(pairs[:1500], labels[:1500], pairs[1500:], 5) == labels[1500:]).mean() - 0.2) < 0.06
-    pairs[range(2000), :, labels] = 5
-    assert (tasks.probe(pairs[:1500], labels[:1500], pairs[1500:], 5) == labels[1500:]).all()
-    mixed = rng.permutation(labels)
-    assert abs((tasks.probe(pairs[:1500], mixed[:1500], pairs[1500:], 5) == mixed[1500:]).mean() - 0.2) < 0.06
+    pairs, labels = torch.randn(2000, 2, 16, generator=draw), rng.integers(5, size=2000)
+    pairs += 3 * torch.arange(16)  # no mean is 0
+    pairs[range(2000), :, labels] += 5
+    for y, low, high in (labels, 1, 1), (rng.permutation(labels), 0.14, 0.26):
+        assert low <= (tasks.probe(pairs[:1500].half(), y[:1500], pairs[1500:], 5) == y[1500:]).mean() <= high
 
 
 def test_a_trained_encoder_beats_a_random_one(programs, tokenizer):
@@ -154,8 +153,7 @@ def test_a_trained_encoder_beats_a_random_one(programs, tokenizer):
     (_, _, random), (low, _, trained) = (
         [np.mean([layers[n]["accuracy"] for layers in some.values()]) for n in range(3)] for some in found)
     assert trained > random + 0.1 and trained > low + 0.1  # 0.16 and more with three seeds
-    # a control is of words alone, so the embedding of so few words does best at it
-    assert found[1]["data flow"][0]["control"] > 0.8 and found[1]["distance"][0]["control"] > 0.4
+    assert found[1]["data flow"][0]["control"] > 0.8  # it is of words alone, and these are few
 
 
 # ---- the command ------------------------------------------------------------------------------------
@@ -176,9 +174,7 @@ def models(tmp_path, tokenizer, monkeypatch):
 
 
 def result(*args):
-    code, said = cli("interpret", *args, "--device", "cpu", "--json")
-    assert code == 0, said
-    return json.loads(said.splitlines()[-1])
+    return json.loads(cli("interpret", *args, "--device", "cpu", "--json")[1].splitlines()[-1])
 
 
 def test_filters_and_shifts_by_the_command(models):
@@ -186,8 +182,7 @@ def test_filters_and_shifts_by_the_command(models):
     found, ssms = result("model.pt", "tuned.pt", "--length", 99), [
         codessm.load(path).encoder.layers[1].backward_ssm for path in ("model.pt", "tuned.pt")]
     before, after = (tasks.analyse(ssm, 99) for ssm in ssms)
-    by_hand = float(after.centroid[0] - before.centroid[0])
-    assert abs(by_hand) > 1e-3 and found["shift"]["model"] == pytest.approx(by_hand / 4)
+    assert abs(by_hand := float(after.centroid[0] - before.centroid[0])) > 1e-3 and found["shift"]["model"] == pytest.approx(by_hand / 4)
     assert found["shift"]["layers"] == {"1": 0, "2": pytest.approx(by_hand / 2)}
     last = found["models"][1]["kernels"][-1]
     assert (last["layer"], last["direction"], last["filter"]) == (2, "backward", after.classes[0])
@@ -205,33 +200,31 @@ def test_filters_and_shifts_by_the_command(models):
 def test_probes_by_the_command(models, programs):
     found = result("rocoder.pt", "model.pt", "--probe", programs, "--pairs", 8, "--seed", 3)["probe"]
     assert {name: len(layers) for name, layers in found["rocoder.pt"].items()} == dict.fromkeys(data.RELATIONS, 3)
-    says(0, ["rocoder.pt: accuracy of linear probes", "no S4D kernels"], "interpret", "rocoder.pt", "--probe", programs,
-         "--pairs", 8)
+    says(0, ["pt: accuracy of linear", "; no S4D"], "interpret", "rocoder.pt", "--probe", programs, "--pairs", 8)
     says(2, 'too few pairs of tokens for "', "interpret", "model.pt", "--probe", programs, "--pairs", 4000)
 
 
-@pytest.mark.parametrize("ending, magic", [("png", b"\x89PNG"), ("pdf", b"%PDF")])
-def test_plots(ending, magic, models, tmp_path):
-    pytest.importorskip("matplotlib")
+def test_logs_and_plots(models, programs, tmp_path):
     logs = [write_lines(tmp_path / f"{n}.pt.jsonl", [
         {"step": 0, "valid_mrr": 0.1}, {"step": 10, "tokens": 1000, "loss": 1.0},
         {"step": 5, "valid_mrr": 0.5}, {"step": 10, "valid_mrr": 0.3 + n}]) for n in (0, 1)]
-    for args in (["model.pt", "tuned.pt"], ["many.pt", "codef.pt"], [*logs, "--against", "tokens"]):
-        assert cli("interpret", *args, "--plot", f"a.{ending}")[0] == 0
-        assert (tmp_path / f"a.{ending}").read_bytes().startswith(magic)
-        (tmp_path / f"a.{ending}").unlink()
+    with open(logs[1], "a") as file:
+        file.write('{"step": 11, "val')  # the run goes on
     assert result(*logs) == {"metric": "mrr", "runs": [dict(
         log=log, steps=[0, 5, 10], tokens=[0, 500, 1000], values=[0.1, 0.5, 0.3 + n]) for n, log in enumerate(logs)]}
     says(0, ["mrr against steps", " 0.3000  0.5000  "], "interpret", *logs)
-    other = write_lines(tmp_path / "other.jsonl", [{"step": 0, "valid_f1": 0.1}])
-    says(2, "no metric that all", "interpret", *logs, other)
-    says(2, "one or two checkpoints", "interpret", "model.pt", "tuned.pt", logs[0])
+    says(2, "no metric that all", "interpret", *logs, write_lines("f1.jsonl", [{"step": 0, "valid_f1": 0.1}]))
+    pytest.importorskip("matplotlib")
+    for plot, magic, *args in (("a.png", b"\x89PNG", "model.pt", "tuned.pt"), ("b.pdf", b"%PDF", "many.pt", "codef.pt"),
+                               ("c.png", b"\x89PNG", *logs, "--against", "tokens"), ("d.svg", b"<?xml", *logs)):
+        says(0, f"figure in {plot}", "interpret", *args, "--plot", plot)
+        assert (tmp_path / plot).read_bytes().startswith(magic)
+    says(2, "no S4D kernels to", "interpret", "rocoder.pt", "--probe", programs, "--plot", "e.png")
 
 
-def test_errors(models, programs):
+def test_errors(models):
     for sentence, *args in (("No such file", "none.pt"), ("one or two checkpoints", "model.pt", "tuned.pt", "uni.pt"),
                             ("ends in .png, .pdf or .svg", "model.pt", "--plot", "a.gif"),
                             ("there is no folder", "model.pt", "--plot", "none/a.png"),
-                            ("no S4D kernels", "codef.pt"), ("no S4D kernels", "rocoder.pt"),
-                            ("no S4D kernels", "rocoder.pt", "--probe", programs, "--plot", "a.png")):
+                            ("no S4D kernels to", "codef.pt"), ("no S4D kernels to", "rocoder.pt")):
         says(2, sentence, "interpret", *args)

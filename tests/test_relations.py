@@ -1,5 +1,6 @@
 """Labels of pairs of tokens, for probes: against trees and flows written by hand, and what ast says."""
 import ast
+import sys
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import data
 
 
 TREES = {  # a node is a list of tokens and nodes
+    "x = f'a{y}'": ["x", "=", "f'a{y}'" if sys.version_info < (3, 12) else ["f'", "a", "{", "y", "}", "'"]],
     "x = y + 1": ["x", "=", ["y", "+", "1"]],
     "f(a)(b, k=2)": [[["f", "(", "a", ")"], "(", "b", ",", ["k", "=", "2"], ")"]],
     "def f(a, b: int = 'é'):\n    return not a": [
@@ -60,7 +62,7 @@ FLOWS = {  # x0>2: the first token x reaches the third token x
     "c = 1; import a, b.c, w as c; from d import b; return a, b, c": "",
     "del a; return a": "",
     "\n if (y := a) and y: a = y\n return a": "a0>1 y0>1 y0>2 a0>3 a2>3",
-    "\n match a:\n  case [a, *b]: a = b\n  case {1: z, **a}: z\n return a": "a0>1 a0>5 a3>5",
+    "\n match a:\n  case [a, *b]: a = b\n  case {1: z, **a}: a\n return a": "a0>1 a3>6 a0>6",
     "\n match a:\n  case 1: a = 2\n  case _: a = 3\n return a": "a0>1 a2>4 a3>4"}
 
 
