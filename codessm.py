@@ -1450,7 +1450,8 @@ def save_figure(pyplot, figure, path: str) -> None:
 
 def read_curve(path: str) -> dict[str, np.ndarray]:
     """A metrics log as (n, 3) arrays of step, tokens and value, by the name of the validation metric."""
-    rows = [json.loads(line) for line in data.read_text(path).splitlines()]
+    whole, _, _unfinished = data.read_text(path).rpartition("\n")  # the run may be writing
+    rows = [json.loads(line) for line in whole.splitlines()]
     trained = [(0, 0)] + [(row["step"], row["tokens"]) for row in rows if "tokens" in row]
     found: dict[str, list] = {}
     for row in rows:

@@ -1742,10 +1742,9 @@ def file_examples(path: str, kind: str) -> Iterator[Example]:
 
 RELATIONS = {"distance": 5, "siblings": 2, "data flow": 2}  # the number of labels of each
 # what is evaluated before what, where the order of the fields of ast says otherwise
-EVALUATED = {ast.Assign: "value targets", ast.AnnAssign: "annotation value target", ast.AugAssign: "value target",
-             ast.NamedExpr: "value target", ast.For: "iter target body orelse", ast.AsyncFor: "iter target body orelse",
-             ast.comprehension: "iter target ifs", ast.ListComp: "generators elt", ast.SetComp: "generators elt",
-             ast.GeneratorExp: "generators elt", ast.DictComp: "generators key value"}
+EVALUATED = {ast.Assign: "value targets", ast.AnnAssign: "annotation value target",
+             ast.NamedExpr: "value target", ast.comprehension: "iter target ifs", ast.ListComp: "generators elt",
+             ast.SetComp: "generators elt", ast.GeneratorExp: "generators elt", ast.DictComp: "generators key value"}
 
 
 class Relations(NamedTuple):
@@ -1783,34 +1782,42 @@ def tree_distance(a: tuple[int, ...], b: tuple[int, ...]) -> int:
 
 
 class DataFlow(ast.NodeVisitor):
-    """Collects `edges`, (definition, use) nodes: a variable to its uses in the same scope up to its next definition.
+    """Collects `edges`, (definition, use) nodes: a variable to the uses that it reaches on a way through the code.
 
-    Statements count in the order of the source: branches and loops are not followed. A comprehension belongs to the
-    scope around it. `uses` are all nodes that read a variable.
+    Any branch may be taken, and loops any number of times. An exception leaves a `try` before or after all of its body.
+    A function inside sees what is defined where it stands. A comprehension belongs to the scope around it. `uses` are
+    all nodes that read a variable.
     """
 
     def __init__(self):
-        self.definitions: dict[str, ast.AST] = {}  # of the current scope
-        self.edges: list[tuple[ast.AST, ast.AST]] = []
-        self.uses: list[ast.Name] = []
+        self.definitions: dict[str, frozenset[ast.AST]] = {}  # what reaches the current place
+        self.jumps = {ast.Break: [], ast.Continue: []}  # what reaches each of those of the current loop
+        self.edges: set[tuple[ast.AST, ast.AST]] = set()
+        self.uses: set[ast.Name] = set()
+        self.loops = 0  # around the current place
 
     def generic_visit(self, node: ast.AST) -> None:
         names = EVALUATED[type(node)].split() if type(node) in EVALUATED else node._fields
-        for child in itertools.chain(*(value if isinstance(value, list) else [value]
-                                       for value in (getattr(node, name, None) for name in names))):
-            if isinstance(child, ast.AST):
-                self.visit(child)
-        for field in ("asname", "rest") if isinstance(node, (ast.alias, ast.MatchMapping)) else ("name",):
-            if isinstance(getattr(node, field, None), str):
-                self.definitions.pop(getattr(node, field), None)  # defined anew, by what is no variable's token
+        for name in names:
+            value = getattr(node, name, None)
+            if isinstance(value, str) and name in ("name", "rest"):
+                self.definitions.pop(value, None)  # defined anew, by what is no variable's token
+            self.visit_all(value if isinstance(value, list) else [value])
+
+    def visit_all(self, nodes: Iterable[object]) -> None:
+        for node in nodes:
+            if isinstance(node, ast.AST):
+                self.visit(node)
+
+    def visit_alias(self, node: ast.alias) -> None:
+        self.definitions.pop(node.asname or node.name.split(".")[0], None)
 
     def visit_Name(self, node: ast.Name) -> None:
         if isinstance(node.ctx, ast.Load):
-            self.uses.append(node)
-            if node.id in self.definitions:
-                self.edges.append((self.definitions[node.id], node))
+            self.uses.add(node)
+            self.edges |= {(definition, node) for definition in self.definitions.get(node.id, ())}
         elif isinstance(node.ctx, ast.Store):
-            self.definitions[node.id] = node
+            self.definitions[node.id] = frozenset([node])
         else:
             self.definitions.pop(node.id, None)
 
@@ -1820,22 +1827,81 @@ class DataFlow(ast.NodeVisitor):
             self.visit_Name(ast.copy_location(ast.Name(node.target.id, ast.Load()), node.target))
         self.visit(node.target)
 
+    def branch(self, *ways: Iterable[ast.AST]) -> None:
+        """Visit each of these ways from here; what reaches the end of any of them is defined then."""
+        start, ends = self.definitions, []
+        for way in ways:
+            self.definitions = dict(start)
+            self.visit_all(way)
+            ends.append(self.definitions)
+        self.join(ends)
+
+    def join(self, ends: list[dict]) -> None:
+        self.definitions = {name: frozenset().union(*(end.get(name, ()) for end in ends))
+                            for name in dict.fromkeys(itertools.chain(*ends))}
+
+    def visit_If(self, node: ast.If | ast.IfExp) -> None:
+        self.visit(node.test)
+        self.branch(*(way if isinstance(way, list) else [way] for way in (node.body, node.orelse)))
+
+    def visit_For(self, node: ast.For | ast.AsyncFor | ast.While) -> None:
+        around, self.jumps = self.jumps, {ast.Break: [], ast.Continue: []}
+        self.visit(node.test if isinstance(node, ast.While) else node.iter)
+        self.loops += 1
+        for _ in range(2 if self.loops <= 6 else 1):  # the second time with what the first has defined
+            before = dict(self.definitions)
+            self.visit_all([] if isinstance(node, ast.While) else [node.target])
+            self.visit_all(node.body)
+            self.join([before, self.definitions, *self.jumps[ast.Continue]])
+            self.visit_all([node.test] if isinstance(node, ast.While) else [])
+        breaks, self.jumps, self.loops = self.jumps[ast.Break], around, self.loops - 1
+        self.visit_all(node.orelse)
+        self.join([self.definitions, *breaks])
+
+    def visit_Break(self, node: ast.Break | ast.Continue) -> None:
+        self.jumps[type(node)].append(self.definitions)
+        self.definitions = {}
+
+    def visit_Return(self, node: ast.Return | ast.Raise) -> None:
+        self.generic_visit(node)
+        self.definitions = {}
+
+    def visit_Try(self, node: ast.Try) -> None:
+        before = dict(self.definitions)
+        self.visit_all(node.body)
+        after = dict(self.definitions)
+        self.visit_all(node.orelse)
+        ends = [self.definitions]
+        self.join([before, after])
+        self.branch(*([handler] for handler in node.handlers))
+        self.join([*ends, self.definitions])
+        self.visit_all(node.finalbody)
+
+    def visit_Match(self, node: ast.Match) -> None:
+        self.visit(node.subject)
+        last = node.cases[-1]
+        every = isinstance(last.pattern, ast.MatchAs) and not last.pattern.pattern and not last.guard
+        self.branch(*([case] for case in node.cases), *([] if every else [[]]))
+
+    visit_IfExp, visit_Continue, visit_Raise, visit_TryStar = visit_If, visit_Break, visit_Return, visit_Try
+    visit_AsyncFor = visit_While = visit_For
+
     def visit_arg(self, node: ast.arg) -> None:
-        self.definitions[node.arg] = node
+        self.definitions[node.arg] = frozenset([node])
 
     def visit_FunctionDef(self, node: ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda | ast.ClassDef) -> None:
         body = node.body if isinstance(node.body, list) else [node.body]
         inside = [*([node.args] if hasattr(node, "args") else []), *body]
         outside = [*getattr(node, "decorator_list", []), *getattr(node, "bases", []), *getattr(node, "keywords", [])]
         if hasattr(node, "args"):
-            outside += [*node.args.defaults, *filter(None, node.args.kw_defaults)]
+            annotations = [arg.annotation for arg in ast.walk(node.args) if isinstance(arg, ast.arg)]
+            outside += filter(None, [*node.args.defaults, *node.args.kw_defaults, *annotations,
+                                     getattr(node, "returns", None)])
             inside[0] = ast.arguments(**vars(node.args) | dict(defaults=[], kw_defaults=[]))
-        for child in outside:
-            self.visit(child)
+        self.visit_all(outside)
         self.definitions.pop(getattr(node, "name", None), None)
-        around, self.definitions = self.definitions, {}
-        for child in inside:
-            self.visit(child)
+        around, self.definitions = self.definitions, dict(self.definitions)
+        self.visit_all(inside)
         self.definitions = around
 
     visit_AsyncFunctionDef = visit_Lambda = visit_ClassDef = visit_FunctionDef
@@ -1847,7 +1913,7 @@ def relations(code: str, wanted: Iterable[str] = tuple(RELATIONS)) -> Relations:
         distance   2, 3, 4, 5 or 6 edges between two tokens in the syntax tree, labels 0 to 4
         siblings   1 for tokens with the same parent node; 0 for others
         data flow  1 for a definition and a use that it reaches (`DataFlow`); 0 for a definition and a later use that
-                   it does not reach
+                   it does not reach, of any name
 
     Raises `UNPARSABLE`.
     """
@@ -1868,8 +1934,8 @@ def relations(code: str, wanted: Iterable[str] = tuple(RELATIONS)) -> Relations:
     def token(node: ast.AST) -> int | None:
         return number.get(positions.span(node)[0])
 
-    edges = {(token(definition), token(use)) for definition, use in flow.edges} - {(None, None)}
-    edges = {(i, j) for i, j in edges if i is not None and j is not None}
+    edges = {(token(definition), token(use)) for definition, use in flow.edges}
+    edges = {(i, j) for i, j in edges if i is not None and j is not None and i != j}
     uses = {i for i in map(token, flow.uses) if i is not None}
     pairs["data flow"] = [(i, j, int((i, j) in edges)) for i in sorted({i for i, _ in edges}) for j in sorted(uses)
                           if j > i or (i, j) in edges]
@@ -1877,7 +1943,7 @@ def relations(code: str, wanted: Iterable[str] = tuple(RELATIONS)) -> Relations:
 
 
 def choose_pairs(function: Relations, rng: np.random.Generator, most: int = 4) -> dict[str, list[tuple[int, int, int]]]:
-    """At most so many pairs of each label, at random, such that neither place nor spelling alone tells the label.
+    """At most so many pairs of each label, at random, chosen such that place and spelling tell little.
 
     Pairs that are no siblings are as far apart in the text as the chosen siblings; pairs without a data flow are of one
     name, whose use another definition reaches.

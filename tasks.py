@@ -676,10 +676,11 @@ def token_states(objective: Objective, functions: list[data.Relations], tokens: 
 def probe(train: Tensor, labels: np.ndarray, test: Tensor, classes: int, decay: float = 0.01) -> np.ndarray:
     """The labels (n,) that a linear probe predicts for pairs of hidden states `test` (n, 2, d).
 
-    It is a multinomial logistic regression on [a * b, |a - b|] of each pair (a, b), standardised over `train`
+    It is a multinomial logistic regression on [a, b, a * b, |a - b|] of each pair (a, b), standardised over `train`
     (m, 2, d); its loss is the mean cross-entropy plus decay / 2 |W|^2, minimised by L-BFGS.
     """
-    x, unseen = (torch.cat([a * b, (a - b).abs()], -1) for a, b in (part.float().unbind(1) for part in (train, test)))
+    x, unseen = (torch.cat([a, b, a * b, (a - b).abs()], -1)
+                 for a, b in (part.float().unbind(1) for part in (train, test)))
     mean, std = x.mean(0), x.std(0).clamp(min=1e-6)
     x, unseen, y = (x - mean) / std, (unseen - mean) / std, torch.from_numpy(labels).to(x.device)
     W, b = (torch.zeros(*shape, device=x.device, requires_grad=True) for shape in ((x.shape[1], classes), (classes,)))

@@ -217,6 +217,18 @@ def make_case(functions, tokenizer, tmp_path_factory):
     return make
 
 
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory):
+    """A folder of 40 Python files, each of 10 small functions, in which probes find enough pairs."""
+    folder, rng = tmp_path_factory.mktemp("programs"), np.random.default_rng(0)
+    for n in range(400):
+        a, b, c = rng.permutation(list("abcde"))[:3]
+        forms = f"{a} = {b} + {c}", f"{b} = g({c}, {a})", f"{c} = [{c}]", f"if {a}: {b} = {c}", f"{a} = {c}[{b}]"
+        with open(folder / f"{n % 40}.py", "a") as file:
+            file.write("\n    ".join([f"def f({a}, {b}, {c}):", *rng.choice(forms, 3), f"return {b}\n"]))
+    return folder
+
+
 @pytest.fixture
 def quick(monkeypatch):
     """`--size tiny` is one layer of width 64, for what does not depend on the model; not in other processes."""
