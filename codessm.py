@@ -363,6 +363,11 @@ def in_chunks(X: torch.Tensor, chunks: tuple[int, int]) -> torch.Tensor:
     return pad(X, (0, 0, 0, math.prod(chunks) - X.shape[1])).unflatten(1, chunks).permute(2, 1, 0, 3).contiguous()
 
 
+def from_chunks(X: torch.Tensor) -> torch.Tensor:
+    """X (c, n, B, d) as (B, n c, d)."""
+    return X.permute(2, 1, 0, 3).flatten(1, 2)
+
+
 def fourier(u: torch.Tensor) -> torch.Tensor:
     """Re(FFT(u)) / sqrt(L) along the sequence, (2, L, 1, B, d) like u; u[1] is flipped before and after.
 
@@ -411,6 +416,11 @@ class TransformerLayer(nn.Module):
 
     def forward(self, X: torch.Tensor, rotation: torch.Tensor | None, mask: torch.Tensor | None = None) -> torch.Tensor:
         """Xo of X = Xi, both (B, L, d); rotation (2, L, 32), cosines and sines; mask (B, L, 1), bool."""
+        X = self.norm1(X + self.attend(X, rotation, mask))
+        return self.norm2(X + self.down(gelu(self.up(X))))
+
+    def attend(self, X: torch.Tensor, rotation: torch.Tensor | None, mask: torch.Tensor | None) -> torch.Tensor:
+        """Wo softmax(q k^T / 8) v, (B, L, d), of the X that q, k and v are made of."""
         q, k, v = heads(self.qkv(X), rotation)
         mask = None if mask is None else mask.mT[:, None]
         if self.plain:
@@ -419,13 +429,30 @@ class TransformerLayer(nn.Module):
             Y = scores.softmax(-1).to(v.dtype) @ v
         else:
             Y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        X = self.norm1(X + self.out(Y.transpose(1, 2).flatten(2)))
-        return self.norm2(X + self.down(gelu(self.up(X))))
+        return self.out(Y.transpose(1, 2).flatten(2))
 
     @staticmethod
     def side_inputs(encoder: nn.Module, X: torch.Tensor) -> list[torch.Tensor | None]:
         """What each layer gets beside its X: the rotation, if it is rotary."""
         return [rotation(X) if encoder.layers[0].rotary else None] * len(encoder.layers)
+
+
+class AttentionLayer(TransformerLayer):
+    """The one layer of codessm-hybrid that is no BiGS layer: pre-norm attention without positions, and an MLP.
+
+        X' = Xi + Wo softmax(q k^T / 8) v  of LayerNorm(Xi)     Xo = X' + W2 gelu(W1 LayerNorm(X'))
+
+    The BiGS layers around it say where a token is.
+    """
+
+    def forward(self, X: torch.Tensor, R: torch.Tensor, _kernels: None,
+                mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return X' and Xo - X', of Xi = X + R, with the shapes of `BiGSLayer.forward`."""
+        c, n, B, d = X.shape
+        X, mask = from_chunks(X + R), None if mask is None else from_chunks(mask)
+        X = X + self.attend(self.norm1(X), None, mask)
+        R = self.down(gelu(self.up(self.norm2(X))))
+        return in_chunks(X, (n, c)), in_chunks(R, (n, c))
 
 
 def heads(qkv: torch.Tensor, rotation: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -586,6 +613,7 @@ class Model(NamedTuple):
     options: dict = {}  # of the layer
     positions: bool = False  # learned absolute positions
     extra_layers: int = 0  # beyond those of the size
+    attention: bool = False  # the layer after the first half is an `AttentionLayer`
 
 
 MODELS = {
@@ -596,6 +624,7 @@ MODELS = {
     "codef": Model(BiGSLayer, 0, dict(fourier=True)),
     "codessm-8k": Model(BiGSLayer, 8),
     "codessm-hf": Model(BiGSLayer, 1, dict(local=3)),
+    "codessm-hybrid": Model(BiGSLayer, 8, attention=True),
     "bertcoder": Model(TransformerLayer, options=dict(rotary=False), positions=True),
     "rocoder": Model(TransformerLayer),
     "zamba": Model(ZambaLayer, extra_layers=2),
@@ -629,7 +658,7 @@ class Encoder(nn.Module):
                  kernels: int | None = None, ctx: int | None = None):
         super().__init__()
         kind = MODELS[model]
-        if kind.layer is not BiGSLayer and d % (32 if kind.layer is ZambaLayer else 64):
+        if (kind.layer is not BiGSLayer or kind.attention) and d % (32 if kind.layer is ZambaLayer else 64):
             raise ValueError(f"{model} has heads of 64 channels, and {d} channels do not divide into them")
         self.max_length = ctx if kind.positions else None
         k = count_kernels(model, d, kernels)
@@ -641,6 +670,10 @@ class Encoder(nn.Module):
         self.norm = nn.LayerNorm(d, eps=1e-12)
         options = kind.options | (dict(k=k) if k else {})
         self.layers = nn.ModuleList(kind.layer(d, N, **options) for _ in range(layers + kind.extra_layers))
+        if kind.attention:
+            if layers < 2:
+                raise ValueError(f"{model} needs two layers or more")
+            self.layers[layers // 2] = AttentionLayer(d)
         self.shared = ZambaLayer.share(self.layers, d) if kind.layer is ZambaLayer else None
         for module in self.modules():
             if isinstance(module, nn.Embedding):
@@ -683,15 +716,17 @@ class Encoder(nn.Module):
         return self.in_tokens(X, R)[:, :L]
 
     def kernels(self, L: int, dtype: torch.dtype = torch.float32) -> list[Kernels | None]:
-        """The `Kernels` of each layer for L tokens, made for all layers at once; None for each layer of codef."""
+        """The `Kernels` of each layer for L tokens, made for all layers at once; None for a layer without S4D."""
         (n, c), layers = self.chunks(L), self.layers
         if layers[0].fourier:
             return [None] * len(layers)
         kernels = (self.kernel_cache or {}).get((n, c, dtype))
         if kernels is None:
-            ssms = [ssm for layer in layers for ssm in (layer.forward_ssm, layer.backward_ssm)]
+            with_ssms = [layer for layer in layers if isinstance(layer, BiGSLayer)]
+            ssms = [ssm for layer in with_ssms for ssm in (layer.forward_ssm, layer.backward_ssm)]
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.kernel_cache is None):
-                kernels = make_kernels(ssms, c, n, max(1, int(GROUP * self.shrink())), dtype, layers[0].causal)
+                made = iter(make_kernels(ssms, c, n, max(1, int(GROUP * self.shrink())), dtype, layers[0].causal))
+            kernels = [next(made) if layer in with_ssms else None for layer in layers]
             if self.kernel_cache is not None:
                 # (on a GPU all stay: recorded batches read them at their addresses)
                 if self.embedding.weight.device.type != "cuda" and len(self.kernel_cache) == 4:
@@ -722,7 +757,7 @@ class Encoder(nn.Module):
 
     def in_tokens(self, X: torch.Tensor, R: torch.Tensor) -> torch.Tensor:
         """X + R as (B, n c, d), of X and R (c, n, B, d)."""
-        return (X + R).permute(2, 1, 0, 3).flatten(1, 2)
+        return from_chunks(X + R)
 
     def compile_parts(self) -> None:
         """Compile the layers, which share one compilation per shape, and what comes before and after them.

@@ -112,6 +112,17 @@ def test_of_fewer_positions_the_others_stay_random_and_of_another_vocabulary_the
     assert torch.equal(ours[:9], p["bigs.embeddings.position_embeddings.weight"]) and torch.equal(ours[9:], old[9:])
 
 
+def test_the_hybrid_takes_the_other_layers_of_codessm_8k(make_case, tmp_path):
+    theirs, ours = (make_case("mlm", d=64, layers=4, model=model).objective for model in ("codessm-8k", "codessm-hybrid"))
+    tasks.save(tmp_path / "8k.pt", theirs)
+    said = tasks.InitialWeights.read(str(tmp_path / "8k.pt")).copy_to(ours)
+    attention = "encoder.layers.2."
+    assert "taken layers 0-1, layers 3-3, bias" in said and "random layers 2-2; not taken layers 2-2" in said, said
+    theirs = theirs.state_dict()
+    for name, value in ours.state_dict().items():
+        assert name.startswith(attention) if name not in theirs else torch.equal(value, theirs[name])
+
+
 def test_what_cannot_be_taken_is_named(small):
     """In one sentence, with nothing written."""
     p, whole, at = bigs_dict(400, d=128, layers=1, N=64), os.listdir(), "bigs.encoder.layer.0."

@@ -87,7 +87,7 @@ def test_a_shift_is_known():
 # ---- hidden states ----------------------------------------------------------------------------------
 
 @torch.no_grad()
-@pytest.mark.parametrize("model", ["codessm-8k", "rocoder", "zamba"])
+@pytest.mark.parametrize("model", ["codessm-hybrid", "rocoder", "zamba"])
 def test_hidden_states_of_layers_and_tokens(model, tokenizer):
     """Against an encoder without the layers above; of a token, the mean over the sub-tokens that hold its bytes."""
     torch.manual_seed(0)

@@ -50,7 +50,7 @@ def test_padding_changes_no_answer(model, plain, more):
     made, worst = encoder(model, **more), {True: 0, False: 0}
     for layer in made.layers:
         layer.plain = plain
-        if MODELS[model].layer is BiGSLayer:
+        if isinstance(layer, BiGSLayer):
             layer.o.weight.data.mul_(10)  # at initialisation the branch is half a percent of the residual
             disturb(layer.local or torch.nn.Identity())
 
@@ -81,7 +81,8 @@ def outputs_of(objective, case):
 
 
 @pytest.mark.parametrize("model, kind", [*((model, "mlm") for model in MODELS),
-                                         *(("codessm", kind) for kind in KINDS if kind != "mlm")])
+                                         *((model, kind) for model in ("codessm", "codessm-hybrid")
+                                           for kind in KINDS if kind != "mlm")])
 def test_each_task_and_each_model_is_trained(model, kind, make_case, tmp_path):
     """A step changes every parameter; its file and its frozen copy, which shares them all, say the same to the bit."""
     case = make_case(kind, batch=12, d=64, model=model)
@@ -121,7 +122,7 @@ class Devices(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("model, kind", [*((model, "mlm") for model in MODELS),
-                                         *(("codessm-8k", kind) for kind in KINDS if kind != "mlm")])
+                                         *(("codessm-hybrid", kind) for kind in KINDS if kind != "mlm")])
 def test_a_step_stays_on_its_device(model, kind, make_case, monkeypatch):
     """Nothing is made on the CPU and copied, nor read back: a CUDA graph could record neither."""
     monkeypatch.setattr(torch, "autocast", lambda *_args, **_options: nullcontext())  # it does not know this device
@@ -151,7 +152,7 @@ def test_weights_rounded_once_are_those_rounded_each_time(model, monkeypatch):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("model", ["codessm", "codessm-8k", "codessm-hf"])
+@pytest.mark.parametrize("model", ["codessm", "codessm-8k", "codessm-hf", "codessm-hybrid"])
 def test_a_frozen_copy_makes_kernels_once_a_length(model, device, monkeypatch):
     """The next copy, whose weights may be others, makes its own; a GPU records with them, a CPU keeps but a few."""
     objective, made, original = tasks.MLM(encoder(model), None).to(device).eval(), [], codessm.make_kernels
@@ -255,6 +256,20 @@ def test_a_transformer_layer_equals_its_equations(rotary):
     assert not torch.equal(*found)  # they are two ways
 
 
+def test_the_hybrids_attention_layer_equals_its_equations():
+    """Pre-norm, without positions, of chunks: their padding takes no part."""
+    made = encoder("codessm-hybrid", layers=12)
+    assert [type(layer).__name__ for layer in made.layers] == [*["BiGSLayer"] * 6, "AttentionLayer", *["BiGSLayer"] * 5]
+    layer, n, c, L = disturb(made.layers[6]) or made.layers[6], 3, 8, 19
+    X, R, mask = torch.randn(1, L, 64), torch.randn(1, L, 64), torch.ones(1, L, 1, dtype=torch.bool)
+    x, p = (X + R)[0].double().numpy(), numbers(layer)
+    q, k, v = np.split(affine(p, "qkv", layer_norm_reference(x) * p["norm1.weight"] + p["norm1.bias"]), 3, 1)
+    x = x + affine(p, "out", attention_reference(q, k, v, 1 / 8))
+    inner = affine(p, "up", layer_norm_reference(x) * p["norm2.weight"] + p["norm2.bias"])
+    ours = layer(*(codessm.in_chunks(part, (n, c)) for part in (X, R)), None, codessm.in_chunks(mask, (n, c)))
+    assert relative_error(codessm.from_chunks(sum(ours))[0, :L], x + affine(p, "down", gelu_reference(inner))) < 1e-5
+
+
 def test_rotations_are_right_far_out():
     """To 1e-6 up to position 40,000, which angles in float32 do not keep; what is rotated too."""
     x = torch.randn(1, 1, 40_001, 64)
@@ -267,7 +282,7 @@ def test_rotations_are_right_far_out():
 
 @pytest.mark.parametrize("model", MODELS)
 def test_learned_positions_are_added_before_the_norm_and_bound_the_length(model):
-    made, ids, bound = encoder(model, layers=1, ctx=24), torch.randint(50, (1, 25)), MODELS[model].positions
+    made, ids, bound = encoder(model, layers=2, ctx=24), torch.randint(50, (1, 25)), MODELS[model].positions
     p = numbers(made)
     embedded = layer_norm_reference(p["embedding.weight"][ids[0, :24]] + (p["positions.weight"] if bound else 0))
     assert relative_error(made.embed(ids[:, :24])[0], embedded) < 1e-5 and made.config["ctx"] == (24 if bound else None)
@@ -276,7 +291,7 @@ def test_learned_positions_are_added_before_the_norm_and_bound_the_length(model)
         with pytest.raises(data.Problem, match=f"{model} .*24 tokens"):
             made(ids)
         with pytest.raises(ValueError, match=f"{model} has learned positions"):
-            Encoder(50, d=64, layers=1, model=model)
+            Encoder(50, d=64, layers=2, model=model)
 
 
 def ssd_reference(x, a, B, C):
