@@ -1741,10 +1741,7 @@ def file_examples(path: str, kind: str) -> Iterator[Example]:
 # ---- relations between tokens, for probes -----------------------------------------------------------
 
 RELATIONS = {"distance": 5, "siblings": 2, "data flow": 2}  # the number of labels of each
-# what is evaluated before what, where the order of the fields of ast says otherwise
-EVALUATED = {ast.Assign: "value targets", ast.AnnAssign: "annotation value target",
-             ast.NamedExpr: "value target", ast.comprehension: "iter target ifs", ast.ListComp: "generators elt",
-             ast.SetComp: "generators elt", ast.GeneratorExp: "generators elt", ast.DictComp: "generators key value"}
+EVALUATED_FIRST = "generators", "iter", "annotation", "value"  # of a node's fields, whatever their order in ast
 
 
 class Relations(NamedTuple):
@@ -1797,15 +1794,16 @@ class DataFlow(ast.NodeVisitor):
         self.loops = 0  # around the current place
 
     def generic_visit(self, node: ast.AST) -> None:
-        names = EVALUATED[type(node)].split() if type(node) in EVALUATED else node._fields
-        for name in names:
+        first = [name for name in EVALUATED_FIRST if name in node._fields]
+        for name in dict.fromkeys([*first, *node._fields]):
             value = getattr(node, name, None)
             if isinstance(value, str) and name in ("name", "rest"):
                 self.definitions.pop(value, None)  # defined anew, by what is no variable's token
-            self.visit_all(value if isinstance(value, list) else [value])
+            self.visit_all(value)
 
-    def visit_all(self, nodes: Iterable[object]) -> None:
-        for node in nodes:
+    def visit_all(self, value: object) -> None:
+        """Visit a node or a list of nodes; anything else is passed over."""
+        for node in value if isinstance(value, list) else [value]:
             if isinstance(node, ast.AST):
                 self.visit(node)
 
@@ -1827,7 +1825,7 @@ class DataFlow(ast.NodeVisitor):
             self.visit_Name(ast.copy_location(ast.Name(node.target.id, ast.Load()), node.target))
         self.visit(node.target)
 
-    def branch(self, *ways: Iterable[ast.AST]) -> None:
+    def branch(self, *ways: ast.AST | list[ast.AST]) -> None:
         """Visit each of these ways from here; what reaches the end of any of them is defined then."""
         start, ends = self.definitions, []
         for way in ways:
@@ -1842,18 +1840,18 @@ class DataFlow(ast.NodeVisitor):
 
     def visit_If(self, node: ast.If | ast.IfExp) -> None:
         self.visit(node.test)
-        self.branch(*(way if isinstance(way, list) else [way] for way in (node.body, node.orelse)))
+        self.branch(node.body, node.orelse)
 
     def visit_For(self, node: ast.For | ast.AsyncFor | ast.While) -> None:
         around, self.jumps = self.jumps, {ast.Break: [], ast.Continue: []}
-        self.visit(node.test if isinstance(node, ast.While) else node.iter)
+        test, target = getattr(node, "test", None), getattr(node, "target", None)
+        self.visit_all(test or node.iter)
         self.loops += 1
         for _ in range(2 if self.loops <= 6 else 1):  # the second time with what the first has defined
             before = dict(self.definitions)
-            self.visit_all([] if isinstance(node, ast.While) else [node.target])
-            self.visit_all(node.body)
+            self.visit_all([target, *node.body])
             self.join([before, self.definitions, *self.jumps[ast.Continue]])
-            self.visit_all([node.test] if isinstance(node, ast.While) else [])
+            self.visit_all(test)
         breaks, self.jumps, self.loops = self.jumps[ast.Break], around, self.loops - 1
         self.visit_all(node.orelse)
         self.join([self.definitions, *breaks])
@@ -1871,39 +1869,33 @@ class DataFlow(ast.NodeVisitor):
         self.visit_all(node.body)
         after = dict(self.definitions)
         self.visit_all(node.orelse)
-        ends = [self.definitions]
+        end = self.definitions
         self.join([before, after])
-        self.branch(*([handler] for handler in node.handlers))
-        self.join([*ends, self.definitions])
+        raised = dict(self.definitions)
+        self.branch(*node.handlers)
+        self.join([end, self.definitions])
+        end, self.definitions = self.definitions, raised
+        self.visit_all(node.finalbody)  # after an exception that nothing catches
+        self.definitions = end
         self.visit_all(node.finalbody)
 
     def visit_Match(self, node: ast.Match) -> None:
         self.visit(node.subject)
         last = node.cases[-1]
         every = isinstance(last.pattern, ast.MatchAs) and not last.pattern.pattern and not last.guard
-        self.branch(*([case] for case in node.cases), *([] if every else [[]]))
-
-    visit_IfExp, visit_Continue, visit_Raise, visit_TryStar = visit_If, visit_Break, visit_Return, visit_Try
-    visit_AsyncFor = visit_While = visit_For
-
-    def visit_arg(self, node: ast.arg) -> None:
-        self.definitions[node.arg] = frozenset([node])
+        self.branch(*node.cases, *([] if every else [[]]))
 
     def visit_FunctionDef(self, node: ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda | ast.ClassDef) -> None:
         body = node.body if isinstance(node.body, list) else [node.body]
-        inside = [*([node.args] if hasattr(node, "args") else []), *body]
-        outside = [*getattr(node, "decorator_list", []), *getattr(node, "bases", []), *getattr(node, "keywords", [])]
-        if hasattr(node, "args"):
-            annotations = [arg.annotation for arg in ast.walk(node.args) if isinstance(arg, ast.arg)]
-            outside += filter(None, [*node.args.defaults, *node.args.kw_defaults, *annotations,
-                                     getattr(node, "returns", None)])
-            inside[0] = ast.arguments(**vars(node.args) | dict(defaults=[], kw_defaults=[]))
-        self.visit_all(outside)
+        self.visit_all([child for child in ast.iter_child_nodes(node) if child not in body])  # evaluated outside
         self.definitions.pop(getattr(node, "name", None), None)
-        around, self.definitions = self.definitions, dict(self.definitions)
-        self.visit_all(inside)
+        around, args = self.definitions, ast.iter_child_nodes(getattr(node, "args", node))
+        self.definitions = around | {arg.arg: frozenset([arg]) for arg in args if isinstance(arg, ast.arg)}
+        self.visit_all(body)
         self.definitions = around
 
+    visit_AsyncFor = visit_While = visit_For
+    visit_IfExp, visit_Continue, visit_Raise, visit_TryStar = visit_If, visit_Break, visit_Return, visit_Try
     visit_AsyncFunctionDef = visit_Lambda = visit_ClassDef = visit_FunctionDef
 
 
@@ -1930,35 +1922,29 @@ def relations(code: str, wanted: Iterable[str] = tuple(RELATIONS)) -> Relations:
     flow = DataFlow()
     flow.visit(tree)
     number = {start: i for i, start in enumerate(starts)}
-
-    def token(node: ast.AST) -> int | None:
-        return number.get(positions.span(node)[0])
-
-    edges = {(token(definition), token(use)) for definition, use in flow.edges}
-    edges = {(i, j) for i, j in edges if i is not None and j is not None and i != j}
-    uses = {i for i in map(token, flow.uses) if i is not None}
-    pairs["data flow"] = [(i, j, int((i, j) in edges)) for i in sorted({i for i, _ in edges}) for j in sorted(uses)
+    token = {node: number.get(positions.span(node)[0]) for node in {*flow.uses, *itertools.chain(*flow.edges)}}
+    edges = {(token[definition], token[use]) for definition, use in flow.edges}
+    edges = {(i, j) for i, j in edges if None not in (i, j) and i != j}  # f-strings are one token before 3.12
+    uses = sorted({token[use] for use in flow.uses} - {None})
+    pairs["data flow"] = [(i, j, int((i, j) in edges)) for i in sorted({i for i, _ in edges}) for j in uses
                           if j > i or (i, j) in edges]
     return Relations(code, [(start, start + len(t.string)) for start, t in zip(starts, tokens)], pairs)
 
 
 def choose_pairs(function: Relations, rng: np.random.Generator, most: int = 4) -> dict[str, list[tuple[int, int, int]]]:
-    """At most so many pairs of each label, at random, chosen such that place and spelling tell little.
+    """At most `most` random pairs of each label, such that place and spelling tell little.
 
     Pairs that are no siblings are as far apart in the text as the chosen siblings; pairs without a data flow are of one
-    name, whose use another definition reaches.
+    name.
     """
     words, chosen = [function.code[begin:end] for begin, end in function.spans], {}
     for name, pairs in function.pairs.items():
         order = [pairs[i] for i in rng.permutation(len(pairs))]
         by_label = [[pair for pair in order if pair[2] == label] for label in range(RELATIONS[name])]
         if name == "siblings":
-            apart, alike = Counter(j - i for i, j, _ in by_label[1][:most]), []
-            for i, j, label in by_label[0]:
-                if apart[j - i]:
-                    apart[j - i] -= 1
-                    alike.append((i, j, label))
-            by_label[0] = alike
+            apart = Counter(j - i for i, j, _ in by_label[1][:most])
+            by_label[0] = [pair for gap, n in apart.items()
+                           for pair in [(i, j, label) for i, j, label in by_label[0] if j - i == gap][:n]]
         if name == "data flow":
             by_label[0] = [(i, j, label) for i, j, label in by_label[0] if words[i] == words[j]]
         chosen[name] = [pair for some in by_label for pair in some[:most]]

@@ -52,6 +52,8 @@ FLOWS = {  # x0>2: the first token x reaches the third token x
     "\n if b: a = 1\n elif a: return a\n else: a = 2\n return a": "b0>1 a0>2 a0>3 a1>5 a4>5",
     "\n if b: a = 1\n y = a if b else b\n return a": "b0>1 b0>2 b0>3 a0>2 a1>2 a0>3 a1>3",
     "\n try: a = 2\n except E: a\n else: return a\n finally: a\n a": "a0>2 a1>2 a1>3 a0>4 a1>4 a0>5 a1>5",
+    "\n try: return a\n finally: a": "a0>1 a0>2",
+    "\n try: a = 2\n finally: a\n a": "a0>2 a1>2 a1>3",
     "\n try: a = g(a)\n except E as a: return a\n return a": "a0>2 a1>5",
     "return [a for a in a if a]": "a0>3 a2>1 a2>4",
     "return {a: y for a in a for y in a}": "a0>3 a2>1 a2>4 y1>0",
