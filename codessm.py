@@ -1395,19 +1395,16 @@ def draw(values: Sequence[float], width: int = 24) -> str:
 
 
 def describe_filters(number: int, direction: str, found: tasks.Filters) -> Iterator[str]:
-    """The rows of a table: one for each kernel, or one of their means if they are many."""
-    kernels = range(len(found.classes)) if len(found.classes) <= PLAIN_ROWS else [slice(None)]
-    for kernel in kernels:
-        one = [np.mean(values[kernel], axis=0 if isinstance(kernel, slice) else None) for values in (
-            found.peak, found.centroid, found.bandwidth, *found.energy.T, found.memory)]
-        magnitude, name, counts = found.magnitude[kernel], "all", Counter(found.classes)
-        if isinstance(kernel, int):
-            name, counts = str(kernel + 1), {found.classes[kernel]: 0}
-        else:
-            magnitude = magnitude.mean(0)
-        classes = ", ".join(f"{filter} {count}" if count else filter for filter, count in counts.items())
-        yield (f"{number:5}  {direction:9} {name:>6}  {one[0]:5.2f} {one[1]:8.3f} {one[2]:9.3f}  "
-               + " ".join(f"{share:6.2f}" for share in one[3:6]) + f" {one[6]:7.0f}  {draw(magnitude)}  {classes}")
+    """The rows of a table: one for each kernel, or one of their means if they are over `PLAIN_ROWS`."""
+    k = len(found.classes)
+    for kernels in [[i] for i in range(k)] if k <= PLAIN_ROWS else [list(range(k))]:
+        peak, centroid, width, low, middle, high, memory = (values[kernels].mean() for values in (
+            found.peak, found.centroid, found.bandwidth, *found.energy.T, found.memory))
+        classes = Counter(found.classes[i] for i in kernels)
+        yield (f"{number:5}  {direction:9} {'all' if len(kernels) > 1 else kernels[0] + 1:>6}  {peak:5.2f} "
+               f"{centroid:8.3f} {width:9.3f}  {low:6.2f} {middle:6.2f} {high:6.2f} {memory:7.0f}  "
+               f"{draw(found.magnitude[kernels].mean(0))}  "
+               + ", ".join(f"{name} {count}" if len(kernels) > 1 else name for name, count in classes.items()))
 
 
 def rows_of_filters(filters: dict[tuple[int, str], tasks.Filters]) -> list[dict]:
@@ -1430,48 +1427,48 @@ def import_pyplot(plot: str):
         import matplotlib.pyplot as pyplot
     except ImportError:
         raise Problem("--plot needs matplotlib: pip install 'codessm[plot]'") from None
-    pyplot.rcParams.update({"font.size": 8, "lines.linewidth": 1, "axes.spines.top": False, "axes.spines.right": False})
+    pyplot.rcParams.update({"font.size": 8, "lines.linewidth": 1, "axes.spines.top": False, "axes.spines.right": False,
+                            "text.parse_math": False})  # a path may hold $
     return pyplot
 
 
 def plot_filters(pyplot, path: str, models: dict[str, dict[tuple[int, str], tasks.Filters]]) -> None:
-    """Magnitude and phase of each layer and direction, and the classes of each layer; a second model is in grey."""
+    """Magnitude and phase of each layer and direction, and the classes of each layer; a second model is in grey.
+
+    Of many kernels, the first `PLAIN_ROWS` per direction are drawn; all of them count among the classes.
+    """
     layers = sorted({number for filters in models.values() for number, _ in filters})
     figure, axes = pyplot.subplots(len(layers) + 1, 2, figsize=(7, 1.1 * len(layers) + 2), squeeze=False,
                                    height_ratios=[1] * len(layers) + [1.8], layout="constrained")
     for (name, filters), shade in zip(models.items(), ("black", "0.6")):
         for (number, direction), found in filters.items():
+            style, k = "-" if direction == "forward" else "--", len(found.classes)
+            label = f"{name}, {direction}" + (f", {PLAIN_ROWS} of {k} kernels" if k > PLAIN_ROWS else "")
             f = np.linspace(0, 1, found.magnitude.shape[1])
             for axis, curves in zip(axes[layers.index(number)], (found.magnitude, found.phase / np.pi)):
-                for i, curve in enumerate(curves[:PLAIN_ROWS]):
-                    axis.plot(f, curve, color=shade, linestyle="-" if direction == "forward" else "--",
-                              label=f"{name}, {direction}" if i == 0 else None)
-    for number, (left, right) in zip(layers, axes):
-        left.set_ylabel(f"layer {number}")
-        left.set_yscale("log")
-        for axis in (left, right):
-            axis.set_xlim(0, 1)
-            axis.tick_params(labelbottom=number == layers[-1])
+                lines = axis.plot(f, curves[:PLAIN_ROWS].T, style, color=shade)
+                lines[0].set_label(label)
+    for number, row in zip(layers, axes):
+        last = number == layers[-1]
+        row[0].set(ylabel=f"layer {number}", yscale="log")
+        for axis in row:
+            axis.set(xlim=(0, 1), xlabel="frequency (1 is half a cycle per token)" if last else "")
+            axis.tick_params(labelbottom=last)
     axes[0, 0].set_title("magnitude")
     axes[0, 1].set_title("phase / π")
-    for axis in axes[len(layers) - 1]:
-        axis.set_xlabel("frequency (1 is half a cycle per token)")
-    names = list(dict.fromkeys(tasks.FILTERS.values()))
-    for place, (axis, (name, filters)) in enumerate(zip(axes[-1], [*models.items(), (None, {})])):
-        axis.set_visible(bool(filters))
+    axes[-1, 1].set_visible(len(models) > 1)
+    kinds = list(zip(dict.fromkeys(tasks.FILTERS.values()), ("0", "0.5", "0.8", "1", "1"), ("", "", "", "///", "")))
+    for axis, (name, filters) in zip(axes[-1], models.items()):
         bottom = np.zeros(len(layers))
-        for i, kind in enumerate(names):
+        for kind, shade, hatch in kinds:
             counts = np.array([sum(found.classes.count(kind) for (n, _), found in filters.items() if n == number)
                                for number in layers])
-            if counts.any():
-                axis.bar(layers, counts, bottom=bottom, color=str(i / len(names)), edgecolor="black", linewidth=0.5,
-                         hatch=["", "", "//", "", "xx"][i], label=kind)
-                bottom += counts
-        if filters:
-            axis.set_xlabel(f"layer ({name})")
-            axis.set_ylabel("kernels")
-            axis.set_xticks(layers)
-            axis.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
+            axis.bar(layers, counts, bottom=bottom, color=shade, edgecolor="black", linewidth=0.5, hatch=hatch,
+                     label=kind if counts.any() else None)
+            bottom += counts
+        axis.set(xlabel=f"layer ({name})", ylabel="kernels", xticks=layers[::1 + len(layers) // 16])
+        axis.yaxis.get_major_locator().set_params(integer=True)
+        axis.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
     save_figure(pyplot, figure, path)
 
@@ -1484,23 +1481,30 @@ def save_figure(pyplot, figure, path: str) -> None:
 
 
 def read_curve(path: str) -> dict[str, np.ndarray]:
-    """A metrics log as (n, 3) arrays of step, tokens and value, by the name of the validation metric."""
-    whole, _, _unfinished = data.read_text(path).rpartition("\n")  # the run may be writing
-    rows = [json.loads(line) for line in whole.splitlines()]
-    trained = [(0, 0)] + [(row["step"], row["tokens"]) for row in rows if "tokens" in row]
-    found: dict[str, list] = {}
-    for row in rows:
-        for name, value in row.items():
-            if name.startswith("valid_"):
-                tokens = np.interp(row["step"], *zip(*trained))
-                found.setdefault(name[6:], []).append((row["step"], tokens, value))
-    return {name: np.array(points) for name, points in found.items()}
+    """A metrics log as (n, 3) arrays of step, tokens and value, by the name of the validation metric; raises `Problem`.
+
+    A last line that is unfinished, as the run may be writing it, is left out.
+    """
+    found, trained = {}, [(0, 0)]
+    for number, line in enumerate(data.read_text(path).rpartition("\n")[0].splitlines(), 1):
+        try:
+            row = {name: float(value) for name, value in json.loads(line, parse_constant=int).items()}  # refuses NaN
+            trained += [(row["step"], row["tokens"])] if "tokens" in row else []
+            for name in row:
+                if name.startswith("valid_"):
+                    found.setdefault(name[6:], []).append((row["step"], 0, row[name]))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise Problem(f"{path}:{number}: no line of a metrics log") from None
+    curves = {name: np.array(points) for name, points in found.items()}
+    for curve in curves.values():
+        curve[:, 1] = np.interp(curve[:, 0], *zip(*trained))
+    return curves
 
 
 def compare_runs(paths: Sequence[str], plot: str | None, against: str, as_json: bool) -> None:
     """The validation metric of several runs against steps or tokens, from their metrics logs."""
     pyplot = import_pyplot(plot) if plot else None
-    curves = {path: read_curve(path) for path in paths}
+    curves, column = {path: read_curve(path) for path in paths}, 1 if against == "tokens" else 0
     known = dict.fromkeys(("accuracy", *(task.metric for task in data.TASKS.values())))
     metric = next((name for name in known if all(name in curve for curve in curves.values())), None)
     if metric is None:
@@ -1513,17 +1517,16 @@ def compare_runs(paths: Sequence[str], plot: str | None, against: str, as_json: 
         width = max(map(len, paths))
         click.echo(f"{'log':{width}} {'steps':>8} {'tokens':>13} {'last':>7} {'best':>7}  {metric} against {against}")
         for path, curve in curves.items():
-            points, column = curve[metric], 1 if against == "tokens" else 0
+            points = curve[metric]
             grid = np.linspace(0, points[-1, column], 24)
             click.echo(f"{path:{width}} {points[-1, 0]:8,.0f} {points[-1, 1]:13,.0f} {points[-1, 2]:7.4f} "
                        f"{points[:, 2].max():7.4f}  {draw(np.interp(grid, points[:, column], points[:, 2]))}")
     if pyplot:
         figure, axis = pyplot.subplots(figsize=(5, 3.2), layout="constrained")
         for i, (path, curve) in enumerate(curves.items()):
-            axis.plot(curve[metric][:, 1 if against == "tokens" else 0], curve[metric][:, 2],
-                      color=str(0.6 * (i // 4 % 2)), linestyle=["-", "--", ":", "-."][i % 4], marker=".", label=path)
-        axis.set_xlabel(against)
-        axis.set_ylabel(f"validation {metric}")
+            axis.plot(curve[metric][:, column], curve[metric][:, 2], color=str(0.6 * (i // 4 % 2)),
+                      linestyle=["-", "--", ":", "-."][i % 4], marker=".", label=path)
+        axis.set(xlabel=against, ylabel=f"validation {metric}")
         axis.legend(frameon=False)
         save_figure(pyplot, figure, plot)
 
@@ -1568,12 +1571,14 @@ def interpret(paths, length, threshold, probe, pairs, plot, against, seed, devic
     length = length or next(iter(models.values())).ctx
     filters = {path: tasks.kernel_filters(model.encoder, length, threshold) for path, model in models.items()}
     if not any(filters.values()) and (plot or not probe):
-        raise Problem(f"{data.listed(models)}: no S4D kernels to show; --probe without --plot looks at the layers")
-    result: dict = {"threshold": threshold, "models": [
-        dict(checkpoint=path, model=model.encoder.config["model"], task=model.name, length=length,
-             kernels=rows_of_filters(filters[path])) for path, model in models.items()]}
-    for path, model in models.items() if not as_json else ():
+        raise Problem(f"{data.listed(models)}: no S4D kernels to show or plot; --probe alone looks at the layers")
+    result: dict = {"threshold": threshold, "models": []}
+    for path, model in models.items():
         config = model.encoder.config
+        if as_json:
+            result["models"].append(dict(checkpoint=path, model=config["model"], task=model.name, length=length,
+                                         kernels=rows_of_filters(filters[path])))
+            continue
         click.echo(f"{path}: {config['model']}, {len(model.encoder.layers)} x {config['d']}, {model.name}"
                    + (f"; {length} tokens" if filters[path] else "; no S4D kernels"))
         if filters[path]:
@@ -1582,12 +1587,12 @@ def interpret(paths, length, threshold, probe, pairs, plot, against, seed, devic
         for key, found in filters[path].items():
             for line in describe_filters(*key, found):
                 click.echo(line)
-    first, *second = filters.values()
-    if second and first and first.keys() == second[0].keys() and all(
-            len(first[key].classes) == len(second[0][key].classes) for key in first):
-        show_shift(first, second[0], result, as_json)
-    elif second and any(second):
-        info("the two have different kernels, so nothing is said of a shift")
+    shapes = [{key: len(found.classes) for key, found in some.items()} for some in filters.values()]
+    if len(shapes) == 2 and all(shapes):
+        if shapes[0] == shapes[1]:
+            show_shift(*filters.values(), result, as_json)
+        else:
+            info("the two have different kernels, so nothing is said of a shift")
     if probe:
         found = data.probe_functions([probe], pairs, lambda code: all(
             len(model.tokenizer.encode(code)) <= model.ctx - 2 for model in models.values()), seed)

@@ -3,6 +3,7 @@ import copy
 import json
 import math
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -223,6 +224,14 @@ def test_logs_and_plots(models, programs, tmp_path):
 
 
 def test_errors(models):
+    model = codessm.load("model.pt")
+    model.encoder.layers[1].forward_ssm.C.data[0] = math.nan
+    tasks.save("nan.pt", model)
+    says(1, "not finite numbers", "interpret", "nan.pt")
+    Path("bad.jsonl").write_text('{"step": 0, "valid_accuracy": 0.1}\n{"step": 1, "val\n{"step": 2}\n')
+    says(2, "bad.jsonl:2: no line of a metrics log", "interpret", "bad.jsonl")
+    Path("empty.jsonl").touch()
+    says(2, "no metric that all", "interpret", "empty.jsonl")
     for sentence, *args in (("No such file", "none.pt"), ("one or two checkpoints", "model.pt", "tuned.pt", "uni.pt"),
                             ("ends in .png, .pdf or .svg", "model.pt", "--plot", "a.gif"),
                             ("there is no folder", "model.pt", "--plot", "none/a.png"),
