@@ -1385,7 +1385,7 @@ def format_row(row: dict) -> str:
 
 
 BLOCKS = "▁▂▃▄▅▆▇█"
-PLAIN_ROWS = 8  # kernels per direction that have a row each in a table
+PLAIN_ROWS = 8  # kernels per direction that are shown one by one
 
 
 def draw(values: Sequence[float], width: int = 24) -> str:
@@ -1427,9 +1427,13 @@ def import_pyplot(plot: str):
         import matplotlib.pyplot as pyplot
     except ImportError:
         raise Problem("--plot needs matplotlib: pip install 'codessm[plot]'") from None
-    pyplot.rcParams.update({"font.size": 8, "lines.linewidth": 1, "axes.spines.top": False, "axes.spines.right": False,
-                            "text.parse_math": False})  # a path may hold $
+    pyplot.rcParams.update({"font.size": 8, "lines.linewidth": 1, "axes.spines.top": False, "axes.spines.right": False})
     return pyplot
+
+
+def plain_label(path: str) -> str:
+    """A path as a label of matplotlib, in which $ would begin a formula and a leading _ hide it."""
+    return "\N{ZERO WIDTH SPACE}" * path.startswith("_") + path.replace("$", r"\$")
 
 
 def plot_filters(pyplot, path: str, models: dict[str, dict[tuple[int, str], tasks.Filters]]) -> None:
@@ -1440,6 +1444,7 @@ def plot_filters(pyplot, path: str, models: dict[str, dict[tuple[int, str], task
     layers = sorted({number for filters in models.values() for number, _ in filters})
     figure, axes = pyplot.subplots(len(layers) + 1, 2, figsize=(7, 1.1 * len(layers) + 2), squeeze=False,
                                    height_ratios=[1] * len(layers) + [1.8], layout="constrained")
+    models = {plain_label(name): filters for name, filters in models.items()}
     for (name, filters), shade in zip(models.items(), ("black", "0.6")):
         for (number, direction), found in filters.items():
             style, k = "-" if direction == "forward" else "--", len(found.classes)
@@ -1525,7 +1530,7 @@ def compare_runs(paths: Sequence[str], plot: str | None, against: str, as_json: 
         figure, axis = pyplot.subplots(figsize=(5, 3.2), layout="constrained")
         for i, (path, curve) in enumerate(curves.items()):
             axis.plot(curve[metric][:, column], curve[metric][:, 2], color=str(0.6 * (i // 4 % 2)),
-                      linestyle=["-", "--", ":", "-."][i % 4], marker=".", label=path)
+                      linestyle=["-", "--", ":", "-."][i % 4], marker=".", label=plain_label(path))
         axis.set(xlabel=against, ylabel=f"validation {metric}")
         axis.legend(frameon=False)
         save_figure(pyplot, figure, plot)
@@ -1568,6 +1573,9 @@ def interpret(paths, length, threshold, probe, pairs, plot, against, seed, devic
         raise click.UsageError("give one or two checkpoints, or metrics logs alone")
     pyplot = import_pyplot(plot) if plot else None
     models = {path: load(path, choose_device(device)) for path in dict.fromkeys(paths)}
+    for path, model in models.items():
+        if not all(weight.isfinite().all() for weight in model.parameters()):
+            raise Problem(f"{path}: weights that are not finite numbers: its training went wrong", 1)
     length = length or next(iter(models.values())).ctx
     filters = {path: tasks.kernel_filters(model.encoder, length, threshold) for path, model in models.items()}
     if not any(filters.values()) and (plot or not probe):

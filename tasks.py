@@ -565,7 +565,7 @@ class Filters(NamedTuple):
 
 @torch.no_grad()
 def analyse(ssm: nn.Module, L: int, threshold: float = 0.5) -> Filters:
-    """The `Filters` of an S4D module, whose response is cut after L tokens; raises `Problem` if it is not finite.
+    """The `Filters` of an S4D module, whose response is cut after L tokens.
 
     A third of the spectrum passes if its mean magnitude is at least `threshold` times that of the strongest third; the
     thirds that pass name the class: low or low and middle, low-pass; middle, band-pass; high or middle and high,
@@ -574,8 +574,6 @@ def analyse(ssm: nn.Module, L: int, threshold: float = 0.5) -> Filters:
     ssm = copy.deepcopy(ssm).cpu().double()
     h = ssm.kernel(L).reshape(-1, L).numpy()
     h[:, 0] += ssm.D.flatten().numpy()
-    if not np.isfinite(h).all():
-        raise Problem("kernels that are not finite numbers: the training went wrong", 1)
     F = max(FREQUENCIES, 2 ** math.ceil(math.log2(L)))
     H = np.fft.rfft(h, 2 * F)
     f, magnitude = np.linspace(0, 1, F + 1), np.abs(H)
