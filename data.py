@@ -1621,7 +1621,7 @@ def read_sources(paths: list[str], languages: Iterable[str] = (), mixed: bool = 
         known = " ".join(ending for ending, language in LANGUAGES.items() if not languages or language in languages)
         raise Problem(f"{', '.join(paths)}: no source files; known are {known}")
     if mixed:
-        files.sort(key=lambda file: digest(file[1]))
+        files.sort(key=lambda file: digest(well_formed(file[1])))
     skipped: Counter[str] = Counter()
     for path, relative, language in progress(files, desc="reading sources", unit=" files"):
         try:
@@ -1931,9 +1931,11 @@ def relations(code: str, wanted: Iterable[str] = tuple(RELATIONS)) -> Relations:
     return Relations(code, [(start, start + len(t.string)) for start, t in zip(starts, tokens)], pairs)
 
 
-def choose_pairs(function: Relations, rng: np.random.Generator, most: int = 4) -> dict[str, list[tuple[int, int, int]]]:
-    """At most `most` random pairs of each label, such that place and spelling tell little.
+def choose_pairs(function: Relations, rng: np.random.Generator, missing: Counter[tuple[str, int]], most: int = 4
+                 ) -> dict[str, list[tuple[int, int, int]]]:
+    """Random pairs by relation, of each label at most `most` and as many as are missing of (relation, label).
 
+    They are chosen such that place and spelling tell little.
     Pairs that are no siblings are as far apart in the text as the chosen siblings; pairs without a data flow are of one
     name.
     """
@@ -1947,7 +1949,7 @@ def choose_pairs(function: Relations, rng: np.random.Generator, most: int = 4) -
                            for pair in [(i, j, label) for i, j, label in by_label[0] if j - i == gap][:n]]
         if name == "data flow":
             by_label[0] = [(i, j, label) for i, j, label in by_label[0] if words[i] == words[j]]
-        chosen[name] = [pair for some in by_label for pair in some[:most]]
+        chosen[name] = [pair for label, some in enumerate(by_label) for pair in some[:min(most, missing[name, label])]]
     return chosen
 
 
@@ -1959,29 +1961,24 @@ def probe_functions(paths: list[str], count: int, fits: Callable[[str], bool], s
     the files, by a hash, is for the test. Raises `Problem` if the files hold too few pairs.
     """
     rng, found = np.random.default_rng(seed), {"train": [], "test": []}
-    missing = {(split, name, label): most for split, most in (("train", count), ("test", max(1, count // 4)))
-               for name, labels in RELATIONS.items() for label in range(labels)}
-    with progress(total=sum(missing.values()), desc="finding pairs", unit=" pairs") as bar:
+    missing = {split: Counter({(name, label): most for name, labels in RELATIONS.items() for label in range(labels)})
+               for split, most in (("train", count), ("test", max(1, count // 4)))}
+    with progress(total=sum(some.total() for some in missing.values()), desc="finding pairs", unit=" pairs") as bar:
         for source, _language, path in read_sources(paths, ["python"], mixed=True):
             split = "test" if digest("split " + path) % 5 == 0 else "train"
             with suppress(*UNPARSABLE):
                 for code in (well_formed(function["code"]) for function in python_functions(source)):
-                    if len(code) > 2000 or not fits(code):
-                        continue
-                    wanted = {name for (where, name, _), most in missing.items() if most and where == split}
-                    function, pairs = relations(code, wanted), {}
-                    for name, some in choose_pairs(function, rng).items():
-                        pairs[name] = []
-                        for pair in some:
-                            if missing[split, name, pair[2]]:
-                                missing[split, name, pair[2]] -= 1
-                                pairs[name].append(pair)
-                                bar.update()
-                    if any(pairs.values()):
-                        found[split].append(function._replace(pairs=pairs))
-            if not any(missing.values()):
+                    if len(code) <= 2000 and fits(code):
+                        function = relations(code, {name for (name, _), most in missing[split].items() if most})
+                        pairs = choose_pairs(function, rng, missing[split])
+                        labels = [(name, label) for name, some in pairs.items() for _, _, label in some]
+                        missing[split].subtract(labels)
+                        bar.update(len(labels))
+                        if labels:
+                            found[split].append(function._replace(pairs=pairs))
+            if not any(some.total() for some in missing.values()):
                 return found
-    _, name, label = next(key for key, most in missing.items() if most)
+    name, label = next(key for some in missing.values() for key, most in some.items() if most)
     raise Problem(f'{listed(paths)}: too few pairs of tokens for "{name}", label {label}: give --probe more Python '
                   "files, or fewer --pairs")
 
