@@ -1394,25 +1394,28 @@ def draw(values: Sequence[float], width: int = 24) -> str:
     return "".join(BLOCKS[round(7 * part / (max(parts) or 1))] for part in parts)
 
 
-def describe_filters(number: int, direction: str, found: tasks.Filters) -> Iterator[str]:
-    """The rows of a table: one for each kernel, or one of their means if they are over `PLAIN_ROWS`."""
-    k = len(found.classes)
-    for kernels in [[i] for i in range(k)] if k <= PLAIN_ROWS else [list(range(k))]:
-        peak, centroid, width, low, middle, high, memory = (values[kernels].mean() for values in (
-            found.peak, found.centroid, found.bandwidth, *found.energy.T, found.memory))
-        classes = Counter(found.classes[i] for i in kernels)
-        yield (f"{number:5}  {direction:9} {'all' if len(kernels) > 1 else kernels[0] + 1:>6}  {peak:5.2f} "
-               f"{centroid:8.3f} {width:9.3f}  {low:6.2f} {middle:6.2f} {high:6.2f} {memory:7.0f}  "
-               f"{draw(found.magnitude[kernels].mean(0))}  "
-               + ", ".join(f"{name} {count}" if len(kernels) > 1 else name for name, count in classes.items()))
+def describe_filters(filters: dict[tuple[int, str], tasks.Filters]) -> Iterator[str]:
+    """A table with a row for each kernel, or for the mean of all of a direction if they are over `PLAIN_ROWS`."""
+    yield ("layer  direction kernel   peak centroid     width     low middle   high  memory  "
+           f"{'magnitude, 0 to 1':24}  class")
+    for (number, direction), found in filters.items():
+        k = len(found.classes)
+        for kernels in [[i] for i in range(k)] if k <= PLAIN_ROWS else [list(range(k))]:
+            peak, centroid, width, low, middle, high, memory = (values[kernels].mean() for values in (
+                found.peak, found.centroid, found.bandwidth, *found.energy.T, found.memory))
+            classes = Counter(found.classes[i] for i in kernels)
+            yield (f"{number:5}  {direction:9} {'all' if len(kernels) > 1 else kernels[0] + 1:>6}  {peak:5.2f} "
+                   f"{centroid:8.3f} {width:9.3f}  {low:6.2f} {middle:6.2f} {high:6.2f} {memory:7.0f}  "
+                   f"{draw(found.magnitude[kernels].mean(0))}  "
+                   + ", ".join(f"{name} {count}" if len(kernels) > 1 else name for name, count in classes.items()))
 
 
 def rows_of_filters(filters: dict[tuple[int, str], tasks.Filters]) -> list[dict]:
     """A dict for each kernel, for JSON."""
     return [dict(layer=number, direction=direction, kernel=i + 1, filter=found.classes[i],
-                 **{name: float(getattr(found, name)[i]) for name in ("peak", "centroid", "bandwidth")},
-                 energy=dict(zip(tasks.THIRDS, found.energy[i].tolist())), memory=int(found.memory[i]),
-                 impulse=found.impulse[i].tolist())
+                 energy=dict(zip(tasks.THIRDS, found.energy[i].tolist())),
+                 **{name: getattr(found, name)[i].tolist() for name in (
+                    "peak", "centroid", "bandwidth", "memory", "impulse")})
             for (number, direction), found in filters.items() for i in range(len(found.classes))]
 
 
@@ -1541,11 +1544,12 @@ def compare_runs(paths: Sequence[str], plot: str | None, against: str, as_json: 
 @click.option("--length", **integer(8, 2**20), help="Tokens after which the kernels' responses are cut.  [default: as "
                                                    "many as the first model was trained on]")
 @click.option("--threshold", type=click.FloatRange(0, 1, min_open=True), default=0.5, show_default=True,
-              help="A third of the spectrum passes if its mean magnitude is this share of the strongest third's.")
+              help="A third of the spectrum passes if its mean magnitude is at least this share of the strongest's.")
 @click.option("--probe", is_flag=False, flag_value=data.STANDARD_LIBRARY, metavar="[PATH]",
               help="Probe the layers with the Python code below PATH.  [default PATH: the standard library]")
 @click.option("--pairs", **integer(8, default=1000), show_default=True, help="Pairs of each label that train a probe.")
-@click.option("--plot", metavar="FILE", help="Draw a figure, .png, .pdf or .svg (pip install 'codessm[plot]').")
+@click.option("--plot", metavar="FILE", help="Draw magnitude, phase and classes, or curves of logs, as .png, .pdf or "
+                                              ".svg (pip install 'codessm[plot]').")
 @click.option("--against", type=click.Choice(["steps", "tokens"]), default="steps", show_default=True,
               help="What the curves of metrics logs run along.")
 @options("--seed --device --json", seed="Seed of the choice of pairs.")
@@ -1590,11 +1594,7 @@ def interpret(paths, length, threshold, probe, pairs, plot, against, seed, devic
         click.echo(f"{path}: {config['model']}, {len(model.encoder.layers)} x {config['d']}, {model.name}"
                    + (f"; {length} tokens" if filters[path] else "; no S4D kernels"))
         if filters[path]:
-            click.echo("layer  direction kernel   peak centroid     width     low middle   high  memory  "
-                       f"{'magnitude, 0 to 1':24}  class")
-        for key, found in filters[path].items():
-            for line in describe_filters(*key, found):
-                click.echo(line)
+            click.echo("\n".join(describe_filters(filters[path])))
     shapes = [{key: len(found.classes) for key, found in some.items()} for some in filters.values()]
     if len(shapes) == 2 and all(shapes):
         if shapes[0] == shapes[1]:
