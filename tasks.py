@@ -640,7 +640,7 @@ def pairs_of(functions: list[data.Relations]) -> tuple[list[tuple[int, int]], di
 @torch.no_grad()
 def token_states(objective: Objective, functions: list[data.Relations], tokens: list[tuple[int, int]],
                  batch: int = 16) -> Tensor:
-    """Hidden states before, between and after the layers, (layers + 1, len(tokens), d) float16, on the CPU.
+    """Hidden states before, between and after the layers, (layers + 1, len(tokens), d) float32, on the CPU.
 
     That of a token is the mean over its sub-tokens. `tokens` are (function, token), sorted by function.
     """
@@ -650,7 +650,7 @@ def token_states(objective: Objective, functions: list[data.Relations], tokens: 
     rows = [[] for _ in functions]  # of the tokens of each function
     for row, (number, token) in enumerate(tokens):
         rows[number].append((row, functions[number].spans[token]))
-    states = torch.zeros(len(encoder.layers) + 1, len(tokens), encoder.config["d"], dtype=torch.float16)
+    states = torch.zeros(len(encoder.layers) + 1, len(tokens), encoder.config["d"])
     order = sorted(range(len(functions)), key=lambda number: -len(encodings[number].ids))
     chunks = [order[i:i + batch] for i in range(0, len(order), batch)]
     for chunk in data.progress(chunks, desc="encoding", unit=" batches", unit_scale=False, leave=False):
@@ -669,7 +669,7 @@ def token_states(objective: Objective, functions: list[data.Relations], tokens: 
             mean /= mean.sum(1, keepdim=True).clamp(min=1)
             for layer, hidden in enumerate(below):
                 hidden = mean.to(device) @ hidden[line, :len(offsets)].float()
-                states[layer, [row for row, _ in rows[number]]] = hidden.cpu().half()
+                states[layer, [row for row, _ in rows[number]]] = hidden.cpu()
     return states
 
 

@@ -113,7 +113,8 @@ def test_of_fewer_positions_the_others_stay_random_and_of_another_vocabulary_the
 
 
 def test_the_hybrid_takes_the_other_layers_of_codessm_8k(make_case, tmp_path):
-    theirs, ours = (make_case("mlm", d=64, layers=4, model=model).objective for model in ("codessm-8k", "codessm-hybrid"))
+    theirs, ours = (make_case("mlm", d=64, layers=4, model=model).objective
+                    for model in ("codessm-8k", "codessm-hybrid"))
     tasks.save(tmp_path / "8k.pt", theirs)
     said = tasks.InitialWeights.read(str(tmp_path / "8k.pt")).copy_to(ours)
     attention = "encoder.layers.2."

@@ -248,7 +248,7 @@ def test_a_layer_equals_the_papers_equations(options):
 def test_chunks_and_groups_shrink_so_that_many_kernels_take_no_more_memory(monkeypatch):
     """But for rounding to multiples of 8: of `--kernels 1024` T would else take half a gigabyte a layer."""
     made = []
-    monkeypatch.setattr(codessm, "make_kernels", lambda _ssms, c, n, m, *_: made.append((c, n, m)))
+    monkeypatch.setattr(codessm, "make_kernels", lambda _ssms, c, n, m, *_: [made.append((c, n, m))])
     for k in (1, 8, 16, 64, 256, 1024):
         with torch.device("meta"):
             encoder = Encoder(5, 1024, 1, kernels=k)
