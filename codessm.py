@@ -1248,9 +1248,9 @@ PREDICT = 4096  # records at a time
 
 @cli.command(epilog="Example: codessm predict --ckpt devign.pt functions.jsonl > predictions.jsonl")
 @click.argument("files", nargs=-1)
-@options("--ckpt --ctx --batch --max-line --device",
+@options("--ckpt --ctx --batch --skip-bad --max-line --device",
          ctx="Tokens per function.  [default: as trained]", batch=BATCH_HELP)
-def predict(files, ckpt, ctx, batch, max_line, device):
+def predict(files, ckpt, ctx, batch, skip_bad, max_line, device):
     """Predict labels or scores for source files or JSONL.
 
     FILES: JSONL, source files, folders of source files, or - (the default) for JSONL on standard input.
@@ -1263,7 +1263,8 @@ def predict(files, ckpt, ctx, batch, max_line, device):
     if not hasattr(model, "results"):
         raise Problem(f"{ckpt} is a pretrained encoder, which predicts nothing yet: fine-tune it first")
     ctx = choose_ctx(ctx, model.ctx, model.encoder, ckpt)
-    for name, examples in data.examples_to_predict(files or ["-"], model.name, max_line * 10**6):
+    for name, examples in data.examples_to_predict(files or ["-"], model.name, skip_bad=skip_bad,
+                                                            longest=max_line * 10**6):
         while chunk := list(itertools.islice(examples, PREDICT)):
             dataset = data.Unlabelled(chunk, model.kind)
             store = data.tokenise(dataset, model.tokenizer, ctx, dataset.splits["test"].items())

@@ -10,6 +10,7 @@
 import array
 import ast
 import bz2
+import codecs
 import csv
 import glob
 import gzip
@@ -1556,9 +1557,16 @@ def read_dataset(name: str, paths: list[str], wanted: Iterable[str], required: I
     return corpus
 
 
-def examples_to_predict(paths: Iterable[str], name: str,
-                        longest: int = MAX_LINE) -> Iterator[tuple[str, Iterator[Example]]]:
-    """(name, examples) of each path: JSONL with fields of any known name, source files or folders; raises `Problem`."""
+def examples_to_predict(paths: Iterable[str], name: str, **reading) -> Iterator[tuple[str, Iterator[Example]]]:
+    """(name, examples) of each path: JSONL with fields of any known name, source files or folders; raises `Problem`.
+
+    `reading` are `skip_bad` and `longest` of `Records`.
+    """
+    def examples(records: Records) -> Iterator[Example]:
+        yield from (example for _, example in records)
+        if records.bad:
+            info(f"{records.bad:,} bad lines are left out; the last is {records.last_bad}")
+
     task = TASKS[name]
     parse = partial(parse_example, task._replace(code=tuple(dict.fromkeys(task.code + CODE_FIELDS)),
                                                  text=tuple(dict.fromkeys(task.text + TEXT_FIELDS))), labelled=False)
@@ -1567,7 +1575,7 @@ def examples_to_predict(paths: Iterable[str], name: str,
         folder = os.path.isdir(path) and any(source_files([path]))
         if not language and not folder:
             for source in find_sources([path]):
-                yield source.name, (example for _, example in Records([source], parse, longest=longest))
+                yield source.name, examples(Records([source], parse, **reading))
         elif task.kind in ("pair", "retrieval") or task.kind == "tag" and language not in ("python", None):
             raise Problem(f"{path}: a model for {name} needs JSONL with lines like {TASKS[task.kind].line}"
                           + ", or Python files" * (task.kind == "tag"))
@@ -1578,12 +1586,16 @@ def examples_to_predict(paths: Iterable[str], name: str,
 # ---- source trees -----------------------------------------------------------------------------------
 
 LANGUAGES = {f".{ending}": language for language, endings in {
-    "c": "c h", "cpp": "cc cpp cxx hpp hh", "csharp": "cs", "cuda": "cu", "dart": "dart", "elixir": "ex exs",
-    "erlang": "erl", "fortran": "f90", "go": "go", "haskell": "hs", "java": "java", "javascript": "js jsx mjs",
-    "julia": "jl", "kotlin": "kt", "lua": "lua", "objective-c": "m", "ocaml": "ml", "perl": "pl pm", "php": "php",
-    "python": "py pyw", "r": "r", "ruby": "rb", "rust": "rs", "scala": "scala", "shell": "sh", "sql": "sql",
-    "swift": "swift", "typescript": "ts tsx", "zig": "zig"}.items() for ending in endings.split()}
-INSTALLED = {"__pycache__", "node_modules", "site-packages", "dist-packages"}
+    "c": "c h", "cpp": "cc cpp cxx hpp hh hxx inl ipp tpp ixx", "csharp": "cs", "cuda": "cu cuh", "cython": "pyx",
+    "dart": "dart", "elixir": "ex exs", "erlang": "erl", "fortran": "f90", "go": "go", "haskell": "hs", "java": "java",
+    "javascript": "js jsx mjs cjs", "julia": "jl", "kotlin": "kt kts", "lua": "lua", "objective-c": "m", "ocaml": "ml",
+    "perl": "pl pm", "php": "php", "python": "py pyw pyi", "r": "r", "ruby": "rb", "rust": "rs", "scala": "scala",
+    "shell": "sh", "sql": "sql", "swift": "swift", "typescript": "ts tsx mts cts",
+    "zig": "zig"}.items() for ending in endings.split()}
+# folders of other people's code, and so are those of virtual environments
+VENDORED = {"__pycache__", "node_modules", "site-packages", "dist-packages", "vendor", "_vendor", "third_party",
+            "bower_components", "Pods", "Carthage"}
+VENV_FILES = ("pyvenv.cfg", "bin/activate", "Scripts/activate")
 LARGEST_SOURCE = 1 << 20  # characters; larger files are generated or minified
 FUNCTION = ast.FunctionDef, ast.AsyncFunctionDef
 # what Python's parser and tokenizer raise at source that is wrong or nested too deeply
@@ -1594,8 +1606,11 @@ def language_of(path: str) -> str | None:
     return LANGUAGES.get(os.path.splitext(path)[1].lower())
 
 
-def source_files(paths: list[str]) -> Iterator[tuple[str, str]]:
-    """(path, path in the tree or trees) of each source file, without hidden and installed folders; raises `Problem`."""
+def source_files(paths: list[str], others: Counter | None = None) -> Iterator[tuple[str, str]]:
+    """(path, path in the tree or trees) of each source file, without hidden and vendored folders; raises `Problem`.
+
+    `others` counts the files of unknown languages, by their endings.
+    """
     for root in paths:
         if not os.path.exists(root):
             raise Problem(f"{root}: no such file or folder")
@@ -1603,10 +1618,27 @@ def source_files(paths: list[str]) -> Iterator[tuple[str, str]]:
             yield root, os.path.basename(root)
             continue
         above = os.path.dirname(os.path.realpath(root)) if len(paths) > 1 else root
-        for path in walk(root, lambda folder, name: name in INSTALLED
-                         or os.path.exists(os.path.join(folder, name, "pyvenv.cfg"))):
+        for path in walk(root, lambda folder, name: name in VENDORED
+                         or any(os.path.exists(os.path.join(folder, name, file)) for file in VENV_FILES)):
             if language_of(path) and os.path.isfile(path):
                 yield path, os.path.relpath(path, above)
+            elif others is not None:
+                others[os.path.splitext(path)[1].lower() or os.path.basename(path)] += 1
+
+
+def read_source(path: str, language: str) -> str:
+    """The text of a source file, at most one character more than `LARGEST_SOURCE`.
+
+    Raises OSError, and `UNPARSABLE` if it is no text in UTF-8, in UTF-16 with a byte order mark or, for Python, in its
+    declared encoding.
+    """
+    with open(path, "rb") as file:
+        encoding = "utf-16" if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+        file.seek(0)
+        if language == "python" and encoding != "utf-16":
+            encoding = tokenize.detect_encoding(file.readline)[0]
+    with open(path, encoding=encoding) as file:
+        return file.read(LARGEST_SOURCE + 1)
 
 
 def read_sources(paths: list[str], languages: Iterable[str] = (), mixed: bool = False
@@ -1615,31 +1647,40 @@ def read_sources(paths: list[str], languages: Iterable[str] = (), mixed: bool = 
 
     With `languages`, only files of these; `mixed`, in the order of a hash. Raises `Problem` if there are none.
     """
-    files = [(path, relative, language) for path, relative in source_files(paths)
+    others: Counter[str] = Counter()
+    files = [(path, relative, language) for path, relative in source_files(paths, others)
              if (language := language_of(path) or "unknown") in languages or not languages]
     if not files:
         known = " ".join(ending for ending, language in LANGUAGES.items() if not languages or language in languages)
         raise Problem(f"{', '.join(paths)}: no source files; known are {known}")
     if mixed:
         files.sort(key=lambda file: digest(well_formed(file[1])))
-    skipped: Counter[str] = Counter()
+    skipped: dict[str, list[str]] = {}  # paths by the reason
     for path, relative, language in progress(files, desc="reading sources", unit=" files"):
+        reason = None
         try:
-            with tokenize.open(path) if language == "python" else open(path, encoding="utf-8-sig") as file:
-                source = file.read(LARGEST_SOURCE + 1)
+            source = read_source(path, language)
         except OSError as error:
-            skipped[error.strerror] += 1
+            reason = error.strerror
         except (SyntaxError, UnicodeError, LookupError):
-            skipped["not text in UTF-8 or its declared encoding"] += 1
+            reason = "not text in UTF-8 or its declared encoding"
         else:
             if len(source) > LARGEST_SOURCE:
-                skipped[f"over {human_bytes(LARGEST_SOURCE)}"] += 1
+                reason = f"over {human_bytes(LARGEST_SOURCE)}"
             elif not source.strip():
-                skipped["empty"] += 1
-            else:
-                yield source, language, well_formed(relative)
+                reason = "empty"
+            elif "\0" in source:
+                reason = "NUL characters"
+            elif language == "typescript" and source.startswith("<?xml"):
+                reason = "XML"
+        if reason:
+            skipped.setdefault(reason, []).append(relative)
+        else:
+            yield source, language, well_formed(relative)
     info(f"{len(files):,} source files"
-         + "".join(f"; {count:,} left out: {reason}" for reason, count in sorted(skipped.items())))
+         + "".join(f"; {len(names):,} left out: {why} ({listed(names)})" for why, names in sorted(skipped.items()))
+         + (f"; not known as source: {listed(f'{count:,} {ending}' for ending, count in others.most_common())}"
+            if others and not languages else ""))
 
 
 def build_corpus(paths: list[str], out: BinaryIO) -> None:

@@ -15,6 +15,7 @@ import math
 import os
 import re
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -1229,7 +1230,10 @@ class Output(AbstractContextManager):
         again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
         if not os.path.exists(self.state_path) or self.restart and not again:
             return None
-        state, ours = read(self.state_path), self.settings
+        try:
+            state, ours = read(self.state_path), self.settings
+        except Problem as problem:
+            raise Problem(f"{problem.message}: give another -o, or --restart to discard it") from None
         theirs = state.get("settings")
         if not isinstance(theirs, dict) or not isinstance(state.get("tokenizer"), str):
             raise Problem(f"{self.state_path} is no state of a run: give another -o, or --restart to replace it")
@@ -1252,7 +1256,7 @@ class Output(AbstractContextManager):
     def record(self, **values: float) -> None:
         """Write a line of the log. Raises `Problem` if that fails, and on all ranks if a value is not finite."""
         if not all(math.isfinite(value) for value in values.values()):
-            raise Problem(f"the loss is no longer a number at step {values['step']:,}: try a lower --lr", 1)
+            raise Problem("the loss is no longer a number, which a lower --lr with --restart may mend,", 1)
         if rank() > 0:
             return
         try:
@@ -1523,9 +1527,19 @@ class Trainer:
         info(f"going on from step {self.step:,} of {self.steps:,}, saved in {self.output.state_path}" + (
             "" if processes == world_size() else f", by {processes} processes, where now there are {world_size()}"))
 
+    def check_room(self) -> None:
+        """Raise `Problem` if the disk has no room for a state (weights, two moments, best weights) and a checkpoint."""
+        folder = os.path.dirname(os.path.realpath(self.output.path))
+        needed = 5 * sum(weight.nbytes for weight in self.objective.state_dict().values())
+        free, paths = shutil.disk_usage(folder).free, (self.output.path, self.output.state_path)
+        if free + sum(os.path.getsize(path) for path in paths if os.path.exists(path)) < needed:
+            raise Problem(f"{folder} has {data.human_bytes(free)} of room, and a checkpoint and a state of this model "
+                          f"take {data.human_bytes(needed)}: make room, or give another -o", 1)
+
     def begin(self, state: dict | None) -> None:
         """Start anew, or from a state that rank 0 has read, which is emptied to free its memory. Raises `Problem`."""
         if rank() == 0:  # first, so that a state which does not fit goes no further
+            self.check_room()
             if state:
                 self.load_state_dict(state)
             self.output.begin(state["log"] if state else None)

@@ -609,21 +609,27 @@ def test_source_trees(tmp_path, capsys):
     for name, content in {
         b"a.java": b"class A {}", b"b/c.go": b"package c", b"b/copy.java": b"class A {}", b"x.txt": b"no code",
         b"old.py": b"print 'two'\n", b"latin.py": "# -*- coding: latin-1 -*-\ndef f(): return 'é'\n".encode("latin-1"),
-        b"bad.c": b"\xff\xfe", b"big.js": b"x" * (2 << 20), b"node_modules/n.js": b"n", b".git/h.py": b"def h(): pass",
-        b"env/pyvenv.cfg": b"", b"env/e.py": b"def e(): pass", b"empty.rs": b" \n",
+        b"bad.c": b"\xff", b"big.js": b"x" * (2 << 20), b"node_modules/n.js": b"n", b".git/h.py": b"def h(): pass",
+        b"env/pyvenv.cfg": b"", b"env/e.py": b"def e(): pass", b"empty.rs": b" \n", b"old/bin/activate": b"",
+        b"old/o.py": b"def o(): pass", b"b/vendor/v.go": b"package v", b"wide.cs": "class É {}".encode("utf-16"),
+        b"wide.kts": "val x".encode("utf-16-le"), b"german.ts": b"<?xml version='1.0'?><TS/>", b"y.TXT": b"no code",
         b"\xff.py": b'def f():\n    "\\ud800"\n    return 1\n',
     }.items():
         path = tmp_path / os.fsdecode(name)
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
     os.mkfifo(tmp_path / "pipe.py")
     assert {(r["path"], r["language"], r.get("docstring")): r["code"] for r in records_of(tmp_path)} == {
         ("a.java", "java", None): "class A {}", ("b/c.go", "go", None): "package c",
-        ("old.py", "python", None): "print 'two'\n", ("latin.py", "python", None): "def f(): return 'é'",
+        ("old.py", "python", None): "print 'two'\n", ("wide.cs", "csharp", None): "class É {}",
+        ("latin.py", "python", None): "def f(): return 'é'",
         ("?.py", "python", "?"): "def f():\n    return 1"}
     said = capsys.readouterr().err
-    assert "5 records; 1 exact duplicates dropped" in said and "9 source files" in said
-    assert "1 left out: over 1.0 MB" in said and "1 left out: not text in UTF-8" in said
+    assert "6 records; 1 exact duplicates dropped" in said and "12 source files" in said
+    for part in ("over 1.0 MB (big.js)", "not text in UTF-8 or its declared encoding (bad.c)", "empty (empty.rs)",
+                 "NUL characters (wide.kts)", "XML (german.ts)"):
+        assert f"1 left out: {part}" in said
+    assert "not known as source: 2 .txt, " in said
 
 
 def test_corpus_command(tmp_path):

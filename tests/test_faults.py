@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import struct
 import subprocess
@@ -427,3 +428,16 @@ def test_mutated_files_are_read_or_refused(functions, corpus, tokenizer, make_ca
             counts[1] += 1
         (tmp_path / name).write_bytes(files[name])
     assert min(counts) > 300 and sum(counts) > 1000, counts
+
+
+def test_a_disk_without_room_is_found_before_the_first_step(small, quick, monkeypatch):
+    usage = shutil.disk_usage
+    monkeypatch.setattr(tasks.shutil, "disk_usage", lambda folder: usage(folder)._replace(free=100_000))
+    says(1, ["has 100.0 kB of room", "make room"], "pretrain", small, *TINY, "--steps", 2)
+    assert os.listdir() == ["small.jsonl"]
+
+
+def test_a_damaged_state_is_refused_with_what_to_do(small, quick):
+    open("model.pt.state", "wb").write(b"PK")
+    says(2, ["model.pt.state is not a codessm checkpoint", "--restart"], "pretrain", small, *TINY, "--steps", 2)
+    says(0, "model.pt", "pretrain", small, *TINY, "--steps", 2, "--restart")
