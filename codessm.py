@@ -834,6 +834,9 @@ OPTIONS = {
     "--accumulate": integer(default=1, show_default=True, help="Cut each batch into N pieces, to save memory."),
     "--lr": dict(type=click.FloatRange(0, min_open=True), metavar="RATE"),
     "--eval-every": integer(),
+    "--obfuscate": dict(type=click.FloatRange(0, 1), metavar="SHARE",
+                        help="Replace the names in this share of the training functions, drawn anew each epoch "
+                             "(retrieval of Python).  [default: 0.5 for advtest, else 0]"),
     "--limit": integer(help="Read only the first N records of each file."),
     "--code-field": dict(metavar="NAME", help="The field with the code, if its name is not one that the README lists."),
     "--text-field": dict(metavar="NAME", help="The field with the text that describes it, likewise."),
@@ -974,6 +977,8 @@ def check(settings: Settings) -> None:
     if settings.ckpt is not None and any(new.values()):
         raise click.UsageError("--ckpt brings its own --model, --size, --tokenizer and --vocab: give it without them, "
                                "and without --kernels and --init")
+    if settings.obfuscate and settings.task not in ("advtest", "nlcodesearch", "retrieval"):
+        raise click.UsageError(f"--obfuscate is for advtest, nlcodesearch and retrieval, not for {settings.task}")
     if settings.steps and settings.epochs:
         raise click.UsageError("give --steps or --epochs, not both")
     if settings.vocab and settings.tokenizer:
@@ -996,7 +1001,9 @@ def prepare(settings: Settings, output: tasks.Output) -> tuple:
     pretrained = load(settings.ckpt) if settings.ckpt is not None else None
     init = tasks.InitialWeights.read(settings.init) if settings.init is not None else None
     settings.ctx = choose_ctx(settings.ctx, task.ctx, pretrained and pretrained.encoder, settings.ckpt)
-    dataset = data.read_dataset(settings.task, settings.paths, task.splits, **reading(settings))
+    settings.obfuscate = task.obfuscate if settings.obfuscate is None else settings.obfuscate
+    dataset = data.read_dataset(settings.task, settings.paths, task.splits, obfuscated=settings.obfuscate > 0,
+                                **reading(settings))
     if settings.tokenizer is not None:
         tokenizer = data.load_tokenizer(settings.tokenizer)
     else:
@@ -1045,7 +1052,8 @@ def fit(settings: Settings) -> None:
         store = data.tokenise(dataset, tokenizer, ctx, dataset.items_read(settings.steps, batch, seed), several_epochs,
                               output.tokens_path)
         splits = dataset.splits
-        train = data.Batches(store, tokenizer, ctx, splits["train"].examples, batch, seed, splits["train"].labels)
+        train = data.Batches(store, tokenizer, ctx, splits["train"].examples, batch, seed, splits["train"].labels,
+                             settings.obfuscate)
         held_out = {name: data.Batches(store, tokenizer, ctx, split.items()[:, None], batch)
                     for name, split in splits.items() if name != "train"}
         settings.steps = settings.steps or settings.epochs * len(train)
@@ -1111,7 +1119,8 @@ def describe(settings: Settings, dataset: data.Dataset, objective: Objective, tr
         "training": f"{settings.steps:,} steps of {settings.batch} samples ({settings.steps / len(train):.1f} epochs), "
                     f"peak learning rate {settings.lr:g} after {tasks.warmup(settings.steps):,} steps, weight decay "
                     f"{tasks.WEIGHT_DECAY:g}, seed {settings.seed}, accumulate {settings.accumulate}, an evaluation "
-                    f"every {settings.eval_every:,} steps",
+                    f"every {settings.eval_every:,} steps"
+                    + (f", names replaced in {settings.obfuscate:.0%} of the functions" if settings.obfuscate else ""),
         "output": f"{settings.output}, metrics in {settings.output}.jsonl"}
     for name, fact in facts.items():
         if fact:
@@ -1156,7 +1165,7 @@ def data_paths(task: str, path: str | None) -> list[str]:
 
 @cli.command(epilog="Example: codessm finetune devign --ckpt model.pt --data devign/ -o devign.pt")
 @click.argument("task", metavar="TASK", type=click.Choice(FINETUNED))
-@options("--ckpt --data " + TRAINING,
+@options("--ckpt --data --obfuscate " + TRAINING,
          ckpt=dict(required=False, help="The pretrained checkpoint to start from; without one, from scratch."),
          data="The folder (or file) of the benchmark as published.  [default: ./TASK]",
          ctx="Tokens per function, with special tokens.  [default: the task's]",

@@ -901,7 +901,7 @@ def number_windows(dataset: Dataset, store: TokenStore) -> TokenStore:
     return store
 
 
-WINDOW, CHOSEN, KIND, WHICH = range(4)  # the purposes of draws
+WINDOW, CHOSEN, KIND, WHICH, OBFUSCATED = range(5)  # the purposes of draws
 IGNORE = -100  # a label that is not predicted
 
 
@@ -967,6 +967,8 @@ class Batches:
         examples: (n, k) items. labels: (n,), of those that have them.
         batch: examples a batch, over all ranks.
         seed: of the order; with None, as in an evaluation, batches are ordered by length.
+        obfuscate: the share of examples of three items that are read with the third in place of the second, drawn anew
+            each epoch.
     `len()` is the number of batches an epoch; the last one is filled up with empty rows. Within a pool of `POOL`
     batches of the shuffled epoch, samples of like length are batched together. Of W ranks, rank r gets the rows
     r, r + W, ... of each batch, so any number of ranks sees the same batches.
@@ -974,11 +976,13 @@ class Batches:
     POOL = 50
 
     def __init__(self, store: TokenStore, tokenizer: Tokenizer, ctx: int, examples: np.ndarray, batch: int,
-                 seed: int | None = None, labels: np.ndarray | None = None):
+                 seed: int | None = None, labels: np.ndarray | None = None, obfuscate: float = 0):
         self.store, self.tokenizer, self.ctx, self.batch, self.seed = store, tokenizer, ctx, batch, seed
+        self.obfuscate = obfuscate
         if labels is not None and examples.shape[1] > 1:  # a pair has no order; its longer side first pads less
             examples = np.take_along_axis(examples, (-store.lengths(examples, ctx)).argsort(1), 1)
-        self.examples, self.labels = examples, labels
+        self.examples, self.labels = examples, labels  # of the current epoch
+        self.variants = examples
         self.static = static_lengths(ctx)
         self.ordered = None, None  # (epoch, its order)
 
@@ -994,6 +998,9 @@ class Batches:
         if self.ordered[0] == epoch:
             return self.ordered[1]
         n = len(self.examples)
+        if self.variants.shape[1] == 3:
+            replaced = draw(self.seed, epoch, self.variants[:, 1], 0, OBFUSCATED) < self.obfuscate
+            self.examples = np.stack([self.variants[:, 0], self.variants[np.arange(n), 1 + replaced]], 1)
         order = np.arange(n) if self.seed is None else shuffled(n, self.seed, epoch)
         lengths = self.store.lengths(self.examples[order], self.ctx)
         pool = np.arange(n) // (n if self.seed is None else self.POOL * self.batch)
@@ -1068,13 +1075,15 @@ class Task(NamedTuple):
     all_candidates: bool = False   # the candidates are those of all splits
     splits: tuple[str, ...] = SPLITS  # that training reads
     evaluations: int = 0           # of a run; 0 means one an epoch
+    obfuscate: float = 0           # the share of training functions whose names are replaced
 
 
 ADVTEST = Task(
     "retrieval", 512, 2, "mrr", ("docstring_tokens", "docstring"),
     ("code_tokens", "function_tokens", "code", "function"),
     line='{"docstring_tokens": [...], "code_tokens": [...], "url": "...", "idx": 0}',
-    published="https://github.com/microsoft/CodeXGLUE/tree/main/Text-Code/NL-code-search-Adv", docstrings=True)
+    published="https://github.com/microsoft/CodeXGLUE/tree/main/Text-Code/NL-code-search-Adv", docstrings=True,
+    obfuscate=0.5)
 TASKS = {
     "advtest": ADVTEST,
     "nlcodesearch": ADVTEST,
@@ -1124,8 +1133,12 @@ class Example(NamedTuple):
     record: dict
 
 
-def parse_example(task: Task, line: bytes, labelled: bool = True) -> Example:
-    """An example of a task; unless `labelled`, its label is None and each word's is UNK. Raises `BadLine`."""
+def parse_example(task: Task, line: bytes, labelled: bool = True, obfuscated: bool = False) -> Example:
+    """An example of a task; unless `labelled`, its label is None and each word's is UNK. Raises `BadLine`.
+
+    With `obfuscated` a third text follows the text and code of a retrieval task: the code with its names replaced, or
+    the code itself if it is no Python that parses.
+    """
     record = parse_json(line)
     if task.kind == "tag":
         words = field(record, ["tokens"], as_words)
@@ -1144,6 +1157,10 @@ def parse_example(task: Task, line: bytes, labelled: bool = True) -> Example:
     if task.docstrings and not any(isinstance(record.get(name), list) for name in task.code):
         texts[1] = separate_docstring(*texts)[1]  # otherwise the query would be part of the answer
     label = read_label(task, record) if labelled and task.kind != "retrieval" else None
+    if obfuscated:
+        texts.append(texts[1])
+        with suppress(*UNPARSABLE):
+            texts[2] = obfuscate(texts[1]) or texts[1]
     return Example(tuple(texts), label, record)
 
 
@@ -1254,6 +1271,7 @@ class Benchmark(Dataset):
         name, path: the task; a folder with its files, or its one file.
         wanted: the splits to read; `required` are those that must be there.
         labels: of the model, where there is one; else they are the task's or those of the training split.
+        obfuscated: whether the training examples of retrieval have a third item, the code with its names replaced.
         reading: `limit`, `skip_bad` and `longest` of `Records`.
     `sources` are the files read. `notes` says what a reader should know. Raises `Problem`.
 
@@ -1261,8 +1279,9 @@ class Benchmark(Dataset):
     """
 
     def __init__(self, name: str, path: str, wanted: Iterable[str] = SPLITS, required: Iterable[str] = SPLITS[:2],
-                 labels: list[str] | None = None, **reading):
+                 labels: list[str] | None = None, obfuscated: bool = False, **reading):
         self.name, self.path, self.task, self.reading = name, Path(path), TASKS[name], reading
+        self.obfuscated = obfuscated
         self.wanted, self.required = list(wanted), list(required)
         self.labels, self.windows = list(labels or self.task.labels), self.task.kind == "tag"
         self.notes, self.sources, self.splits = [], [], {}
@@ -1320,10 +1339,12 @@ class Benchmark(Dataset):
         self.bad, self.count = self.records.bad, len(digests)
         if not self.count:
             raise self.records.none_found()
-        _, first, inverse = np.unique(np.frombuffer(digests, np.uint64), return_index=True, return_inverse=True)
+        texts = np.frombuffer(digests, np.uint64)
+        _, first, inverse = np.unique(texts, return_index=True, return_inverse=True)
         self.item_of = first[inverse]
-        if len(first) < self.count:
-            self.notes.append(f"{self.count - len(first):,} texts that are equal to another are one with it")
+        read = texts.reshape(-1, 3)[:, :2] if self.obfuscated else texts
+        if equal := read.size - len(np.unique(read)):
+            self.notes.append(f"{equal:,} texts that are equal to another are one with it")
 
     def add_split(self, split: str, texts: np.ndarray, labels: list, names: list, candidates: dict) -> None:
         """A split of examples of (n, k) texts, by their numbers. `candidates` are the texts that are ranked -> names.
@@ -1372,12 +1393,13 @@ class Benchmark(Dataset):
     def read_examples(self) -> None:
         """The splits of files with an example a line."""
         kind, files = self.task.kind, self.find_files()
-        self.records = Records([source for _, source in files], partial(parse_example, self.task), **self.reading)
+        self.records = Records([source for _, source in files], partial(
+            parse_example, self.task, obfuscated=self.obfuscated), **self.reading)
         self.sources += self.records.sources
         digests, splits, labels, names, candidate_names = array.array("Q"), [], [], [], []
         counts: Counter[str] = Counter()  # of the labels in the training split, where the task does not fix them
         for file, example in self.records:
-            together = {"pair": sorted(example.texts), "retrieval": example.texts[1:]}.get(kind, example.texts)
+            together = {"pair": sorted(example.texts), "retrieval": example.texts[1:2]}.get(kind, example.texts)
             split = files[file][0] or seeded_split("\0".join(together))
             if kind == "tag":
                 counts.update(label for label in example.label if label is not None and split == "train")
@@ -1397,13 +1419,14 @@ class Benchmark(Dataset):
         self.number_items(digests)
         if kind in ("tag", "classify") and not self.labels:
             self.labels = self.find_labels(counts)
-        texts = np.arange(self.count).reshape(len(splits), -1)
+        texts, code = np.arange(self.count).reshape(len(splits), -1), int(kind in ("retrieval", "pair"))
         for split in self.wanted:
             rows = [row for row, own in enumerate(splits) if own == split]
             ranked = range(len(splits)) if self.task.all_candidates else rows
             if rows:
-                self.add_split(split, texts[rows], [labels[row] for row in rows], [names[row] for row in rows],
-                               {texts[row, -1]: candidate_names[row] for row in ranked})
+                sides = texts if split == "train" or kind != "retrieval" else texts[:, :2]
+                self.add_split(split, sides[rows], [labels[row] for row in rows], [names[row] for row in rows],
+                               {texts[row, code]: candidate_names[row] for row in ranked})
 
     def find_labels(self, counts: Counter[str]) -> list[str]:
         """The labels of tags and classes that the training split has so many times, or those of vocab_50000.txt."""
@@ -1539,14 +1562,14 @@ class Unlabelled(Benchmark):
 
 def read_dataset(name: str, paths: list[str], wanted: Iterable[str], required: Iterable[str] = SPLITS[:2],
                  labels: list[str] | None = None, code_field: str | None = None, text_field: str | None = None,
-                 whole: bool = False, **reading) -> Dataset:
+                 whole: bool = False, obfuscated: bool = False, **reading) -> Dataset:
     """The data of a task, from the folder or file of a benchmark or, of mlm, the files of a corpus; raises `Problem`.
 
     Without `paths` the corpus is the standard library. With `whole` all that is held out of a corpus is evaluated. The
     other arguments are those of `Benchmark` and `Corpus`.
     """
     if TASKS[name].kind != "mlm":
-        return Benchmark(name, paths[0], wanted, required, labels, **reading)
+        return Benchmark(name, paths[0], wanted, required, labels, obfuscated, **reading)
     corpus = Corpus(find_sources(paths) if paths else [standard_library()], code_field, text_field,
                     most_valid=None if whole else HELD_OUT, **reading)
     corpus.splits = {split: corpus.splits[split] for split in wanted}

@@ -1162,6 +1162,7 @@ class Settings:
     accumulate: int = 1
     lr: float | None = None
     eval_every: int | None = None
+    obfuscate: float | None = None
     limit: int | None = None
     code_field: str | None = None
     text_field: str | None = None

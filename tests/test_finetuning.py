@@ -318,6 +318,36 @@ def test_predict_for_source_files(toys, tmp_path, monkeypatch):
     assert len(row.pop("predictions")) == 8 and row == {"path": "src/a.py", "tokens": "def f ( x ) : return x".split()}
 
 
+def test_a_share_of_the_training_functions_is_obfuscated_anew_each_epoch(tmp_path, tokenizer):
+    """Against `data.obfuscate` of each; what does not parse stays, and so does what is evaluated."""
+    codes = [f"def f{i}(size, other):\n    total = size + {i}\n    return other(total)" for i in range(400)]
+    codes[::10] = [f"int f{i}(int size) {{ return size; }}" for i in range(0, 400, 10)]
+    for split, some in (("train", codes), ("valid", codes[:30])):
+        rows = [{"docstring": f"the text {code}"[-99:], "code": code} for code in some]
+        write_lines(tmp_path / f"{split}.jsonl", rows)
+    dataset = data.read_dataset("advtest", [str(tmp_path)], ("train", "valid"), obfuscated=True)
+    assert "equal" in dataset.description()  # the codes of valid, not the functions that stay as they are
+    train, texts = dataset.splits["train"], [*dataset.texts()]
+    store = data.tokenise(dataset, tokenizer, 64, np.arange(dataset.count))
+    assert dataset.splits["valid"].examples.shape == (30, 2) and train.examples.shape == (400, 3)
+
+    def read(epoch, share, seed=3):
+        """The code that each text is read with."""
+        batches = data.Batches(store, tokenizer, 64, train.examples, 16, seed, obfuscate=share)
+        items = np.concatenate([batches[epoch * len(batches) + i].items for i in range(len(batches))])
+        return {texts[text]: texts[code] for text, code in items.tolist() if text >= 0}
+
+    plain, all_of_them = read(0, 0), read(0, 1)
+    assert sorted(plain.values()) == sorted(codes) and len(plain) == 400
+    for text, code in plain.items():
+        assert all_of_them[text] == (data.obfuscate(code) if code.startswith("def") else code)
+    halves = [read(epoch, 0.5) for epoch in (0, 0, 1, 2)]
+    assert halves[0] == halves[1] != halves[2] != halves[3] != read(2, 0.5, seed=4)
+    for half in halves:
+        assert all(code in (plain[text], all_of_them[text]) for text, code in half.items())
+        assert 0.4 < np.mean([half[text] != plain[text] for text in half if plain[text].startswith("def")]) < 0.6
+
+
 def test_predict_leaves_bad_lines_out_where_it_is_asked_to(toys, tmp_path):
     path = write_lines(tmp_path / "in.jsonl", [{"code": "x = 1", "n": 1}, {"code": " "}, "{", {"code": "y", "n": 2}])
     command = "predict", "--ckpt", toys / "classify.pt", path
