@@ -1555,8 +1555,9 @@ def compare_runs(paths: Sequence[str], plot: str | None, against: str, as_json: 
                                                    "many as the first model was trained on]")
 @click.option("--threshold", type=click.FloatRange(0, 1, min_open=True), default=0.5, show_default=True,
               help="A third of the spectrum passes if its mean magnitude is at least this share of the strongest's.")
-@click.option("--probe", is_flag=False, flag_value=data.STANDARD_LIBRARY, metavar="[PATH]",
-              help="Probe the layers with the Python code below PATH.  [default PATH: the standard library]")
+@click.option("--probe", is_flag=False, multiple=True, flag_value=data.STANDARD_LIBRARY, metavar="[PATH]",
+              help="Probe the layers with the Python code below PATH (may be repeated).  [default PATH: the standard "
+                   "library]")
 @click.option("--pairs", **integer(8, default=1000), show_default=True, help="Pairs of each label that train a probe.")
 @click.option("--plot", metavar="FILE", help="Draw magnitude, phase and classes, or curves of logs, as .png, .pdf or "
                                               ".svg (pip install 'codessm[plot]').")
@@ -1612,7 +1613,7 @@ def interpret(paths, length, threshold, probe, pairs, plot, against, seed, devic
         else:
             info("the two have different kernels, so nothing is said of a shift")
     if probe:
-        found = data.probe_functions([probe], pairs, lambda code: all(
+        found = data.probe_functions(list(probe), pairs, lambda code: all(
             len(model.tokenizer.encode(code)) <= model.ctx - 2 for model in models.values()), seed)
         result["probe"] = {path: tasks.probe_layers(model, found) for path, model in models.items()}
         for path, relations in result["probe"].items() if not as_json else ():

@@ -68,7 +68,8 @@ def work(folder, tokenizer):
     found = {}
     for kind, accumulate in [*((kind, 1) for kind in KINDS), ("mlm", 2), ("retrieval", 2)]:
         # batches of 6 rows, which two processes share evenly and four do not, and some evaluation batches of 7
-        case = read_case(folder / kind, kind, tokenizer, ctx=40, batch=6, seed=3)
+        model = dict(model="codessm-hybrid", d=64) if (kind, accumulate) == ("mlm", 2) else {}
+        case = read_case(folder / kind, kind, tokenizer, ctx=40, batch=6, seed=3, **model)
         valid = data.Batches(case.store, tokenizer, 40, case.split.items()[:, None], 7)
         metrics, outputs = tasks.evaluate(case.objective, valid, case.split)
         found[kind, accumulate] = *train(case.objective, case.train, accumulate), metrics, outputs
