@@ -80,6 +80,7 @@ class Objective(nn.Module):
     """
     fields = ("ids", "lengths", "ids2", "lengths2", "labels")  # the fields of a batch that `loss` takes
     coupled = False  # the rows of a batch depend on each other, so that it cannot be cut into pieces
+    schedule = "linear"  # of the learning rate after warm-up
     fixed_shapes = True  # batches of one shape become tensors of one shape, so that steps can be recorded
     compiled = False
 
@@ -152,6 +153,7 @@ class MLM(Objective):
     ordinary token, 10 % as they are. The choice is a hash of (seed, epoch, item, position).
     The head is dense, gelu, LayerNorm, then the tied embedding and a bias, at the chosen positions only.
     """
+    schedule = "cosine"
 
     def __init__(self, encoder: nn.Module, tokenizer: Tokenizer, name: str = "mlm", *args, **options):
         super().__init__(encoder, tokenizer, name, *args, **options)
@@ -1327,9 +1329,9 @@ class Stepper:
 
     def __call__(self, batch: Batch) -> Tensor:
         pieces = batch.pieces(1 if self.objective.coupled else self.accumulate)
-        return self.take([self.objective.prepare(piece) for piece in pieces])
+        return self.recorded_step([self.objective.prepare(piece) for piece in pieces])
 
-    def take(self, pieces: list[dict[str, Tensor]]) -> Tensor:
+    def recorded_step(self, pieces: list[dict[str, Tensor]]) -> Tensor:
         """A step on what `objective.prepare` made of the pieces of a batch."""
         return self.recorder(pieces[0]) if len(pieces) == 1 else self.step(pieces)
 
@@ -1387,7 +1389,6 @@ class Trainer:
         self.output, self.settings, self.steps = output, settings, settings.steps
         self.optimizer = adamw(objective, settings.lr)
         self.stepper = Stepper(objective, self.optimizer, settings.accumulate, graphs)
-        self.shape = "cosine" if objective.kind == "mlm" else "linear"
         self.step = self.tokens = 0
         self.skipped = self.failing = 0  # steps without a finite loss: all, and those in a row up to the last log line
         self.evaluated = -1  # the step of the last evaluation
@@ -1415,7 +1416,7 @@ class Trainer:
                     if last:
                         break
 
-                    rate = learning_rate(self.step, self.steps, self.settings.lr, self.shape)
+                    rate = learning_rate(self.step, self.steps, self.settings.lr, self.objective.schedule)
                     for group in self.optimizer.param_groups:
                         group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], Tensor) else rate
                     # dropout differs between ranks, and not between a resumed and an undisturbed run
@@ -1465,7 +1466,7 @@ class Trainer:
         for good in finite.tolist():
             failing = 0 if good else failing + 1
         self.output.record(step=self.step, epoch=round(self.step / len(self.train), 4), tokens=self.tokens,
-                           lr=learning_rate(self.step - 1, self.steps, self.settings.lr, self.shape),
+                           lr=learning_rate(self.step - 1, self.steps, self.settings.lr, self.objective.schedule),
                            **(dict(loss=loss / count, accuracy=correct / count) if count else {}),
                            **(dict(skipped=skipped) if skipped else {}))
         if skipped > self.skipped:
@@ -1618,7 +1619,7 @@ def measure(encoder: nn.Module, length: int, batch: int, train: bool, device: to
     if train:
         stepper = Stepper(objective, adamw(objective, 1e-5), graphs=compiled)
         places = torch.randperm(batch * length, device=device)[:max(1, round(0.15 * batch * length))]
-        run = partial(stepper.take, [dict(ids=ids, places=places, targets=ids.flatten()[places].long())])
+        run = partial(stepper.recorded_step, [dict(ids=ids, places=places, targets=ids.flatten()[places].long())])
     else:
         run = partial(Recorder(objective, partial(compute, objective, objective.encoder)), {"ids": ids})
 
