@@ -1133,11 +1133,13 @@ class Example(NamedTuple):
     record: dict
 
 
+TO_OBFUSCATE = "\0obfuscate\0"  # before a code whose names are replaced when it is tokenised, as that takes a while
+
+
 def parse_example(task: Task, line: bytes, labelled: bool = True, obfuscated: bool = False) -> Example:
     """An example of a task; unless `labelled`, its label is None and each word's is UNK. Raises `BadLine`.
 
-    With `obfuscated` a third text follows the text and code of a retrieval task: the code with its names replaced, or
-    the code itself if it is no Python that parses.
+    With `obfuscated` a third text follows the text and code of a retrieval task: the code, marked with `TO_OBFUSCATE`.
     """
     record = parse_json(line)
     if task.kind == "tag":
@@ -1158,9 +1160,7 @@ def parse_example(task: Task, line: bytes, labelled: bool = True, obfuscated: bo
         texts[1] = separate_docstring(*texts)[1]  # otherwise the query would be part of the answer
     label = read_label(task, record) if labelled and task.kind != "retrieval" else None
     if obfuscated:
-        texts.append(texts[1])
-        with suppress(*UNPARSABLE):
-            texts[2] = obfuscate(texts[1]) or texts[1]
+        texts.append(TO_OBFUSCATE + texts[1])
     return Example(tuple(texts), label, record)
 
 
@@ -1326,7 +1326,13 @@ class Benchmark(Dataset):
                 yield from example.texts
 
     def strings(self, text: object) -> tuple[str, str]:
-        return "", " ".join(text[0]) if self.windows else text
+        if self.windows:
+            return "", " ".join(text[0])
+        code = text.removeprefix(TO_OBFUSCATE)
+        if code != text:
+            with suppress(*UNPARSABLE):  # what does not parse stays as it is
+                code = obfuscate(code) or code
+        return "", code
 
     def description(self) -> str:
         parts = [f"{len(split.examples):,} {name}" for name, split in self.splits.items()]
