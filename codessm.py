@@ -1273,7 +1273,7 @@ def predict(files, ckpt, ctx, batch, skip_bad, max_line, device):
         raise Problem(f"{ckpt} is a pretrained encoder, which predicts nothing yet: fine-tune it first")
     ctx = choose_ctx(ctx, model.ctx, model.encoder, ckpt)
     for name, examples in data.examples_to_predict(files or ["-"], model.name, skip_bad=skip_bad,
-                                                            longest=max_line * 10**6):
+                                                     longest=max_line * 10**6):
         while chunk := list(itertools.islice(examples, PREDICT)):
             dataset = data.Unlabelled(chunk, model.kind)
             store = data.tokenise(dataset, model.tokenizer, ctx, dataset.splits["test"].items())

@@ -981,8 +981,8 @@ class Batches:
         self.obfuscate = obfuscate
         if labels is not None and examples.shape[1] > 1:  # a pair has no order; its longer side first pads less
             examples = np.take_along_axis(examples, (-store.lengths(examples, ctx)).argsort(1), 1)
-        self.examples, self.labels = examples, labels  # of the current epoch
-        self.variants = examples
+        self.examples, self.labels = examples, labels
+        self.variants = examples  # if they have three items, `order` picks the two that are read in its epoch
         self.static = static_lengths(ctx)
         self.ordered = None, None  # (epoch, its order)
 
@@ -2005,9 +2005,8 @@ def choose_pairs(function: Relations, rng: np.random.Generator, missing: Counter
                  ) -> dict[str, list[tuple[int, int, int]]]:
     """Random pairs by relation, of each label at most `most` and as many as are missing of (relation, label).
 
-    They are chosen such that place and spelling tell little.
-    Pairs that are no siblings are as far apart in the text as the chosen siblings; pairs without a data flow are of one
-    name.
+    Place and spelling should tell little: pairs that are no siblings are as far apart in the text as the chosen
+    siblings, and pairs without a data flow are of one name.
     """
     words, chosen = [function.code[begin:end] for begin, end in function.spans], {}
     for name, pairs in function.pairs.items():

@@ -647,7 +647,7 @@ def token_states(objective: Objective, functions: list[data.Relations], tokens: 
 
     That of a token is the mean over its sub-tokens. `tokens` are (function, token), sorted by function.
     """
-    objective, device = objective.eval(), next(objective.parameters()).device
+    objective, device = objective.frozen(), next(objective.parameters()).device
     tokenizer, encoder = objective.tokenizer, objective.encoder
     encodings = [tokenizer.model.encode(function.code, add_special_tokens=False) for function in functions]
     rows = [[] for _ in functions]  # of the tokens of each function
