@@ -35,7 +35,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
-from torch.nn.functional import cross_entropy, gelu, linear, normalize
+from torch.nn.functional import cross_entropy, gelu, layer_norm, linear, normalize
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recompute
 
@@ -89,6 +89,7 @@ class Objective(nn.Module):
         super().__init__()
         self.encoder, self.tokenizer, self.name, self.labels = encoder, tokenizer, name, list(labels)
         self.ctx, self.seed, self.kind = ctx, seed, TASKS[name].kind
+        self.register_parameter("pooling", None)
 
     def prepare(self, batch: Batch) -> dict[str, Tensor]:
         """The tensors of a batch that `loss` takes, on the CPU."""
@@ -97,6 +98,21 @@ class Objective(nn.Module):
     def forward(self, tensors: dict[str, Tensor]) -> Tensor:
         """`loss` of these tensors, computed as `compute` does."""
         return compute(self, self.loss, tensors)
+
+    def pool(self, ids: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Attention pooling of the hidden states x of ids (B, L) over each row's real tokens: (B, d) float32.
+
+        It is sum_i p_i x_i with p = softmax_i(w . LayerNorm(x_i)), where w (d,) is `pooling`; without one, or at its
+        start of 0, it is the mean. A row without a real token gives 0.
+        """
+        hidden = self.encoder(ids, lengths).float()
+        scores = hidden.new_zeros(hidden.shape[:2])
+        if self.pooling is not None:
+            scores = (layer_norm(hidden, hidden.shape[-1:]) * self.pooling).sum(-1)
+        if lengths is not None:
+            real = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
+            hidden, scores = hidden.where(real[..., None], 0), scores.where(real, torch.finfo(scores.dtype).min)
+        return (hidden * scores.softmax(1)[..., None]).sum(1)
 
     def score(self, metrics: dict[str, float]) -> float:
         """Higher is better: a run keeps the weights of the evaluation with the highest score."""
@@ -218,19 +234,10 @@ class MLM(Objective):
         return "loss {loss:.3f}, accuracy {accuracy:.1%}, perplexity {perplexity:.1f}".format(**metrics)
 
 
-def pool(encoder: nn.Module, ids: Tensor, lengths: Tensor | None = None) -> Tensor:
-    """The mean hidden state of each row's real tokens, (B, d) float32; 0 for a row without any."""
-    hidden = encoder(ids, lengths).float()
-    if lengths is None:
-        return hidden.mean(1)
-    real = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
-    return torch.where(real[..., None], hidden, 0).sum(1) / lengths.clamp(min=1)[:, None]
-
-
 def embed(objective: Objective, batches: Iterable[Batch], items: np.ndarray) -> Tensor:
-    """`pool` of each of the sorted items (n,): (n, d) float32, on the objective's device, the same on all ranks."""
+    """The pooled hidden states of each of the sorted items (n,): (n, d) float32, on the objective's device, the same on all ranks."""
     table = torch.zeros(len(items), objective.encoder.config["d"], device=next(objective.parameters()).device)
-    run = Recorder(objective, partial(compute, objective, partial(pool, objective.encoder)))
+    run = Recorder(objective, partial(compute, objective, objective.pool))
     for batch in batches:
         real = batch.lengths > 0
         rows = run(to_tensors(dict(ids=batch.ids, lengths=batch.lengths)))
@@ -241,13 +248,14 @@ def embed(objective: Objective, batches: Iterable[Batch], items: np.ndarray) -> 
 class Classification(Objective):
     """A label for a function, or for a pair of functions.
 
-    logits = head(x), where x is the mean-pooled code (d), or [a + b, |a - b|, a * b] (3d) of a pair, which is the
+    logits = head(x), where x is the pooled code (d), or [a + b, |a - b|, a * b] (3d) of a pair, which is the
     same for (b, a). The head is dense, tanh, linear. The second of a pair's two labels means "alike".
     """
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
         d, self.pairs = self.encoder.config["d"], self.kind == "pair"
+        self.pooling = nn.Parameter(torch.zeros(d))
         self.head = nn.Sequential(initialise(nn.Linear(3 * d if self.pairs else d, d), d), nn.Tanh(),
                                   initialise(nn.Linear(d, len(self.labels)), d))
 
@@ -258,8 +266,7 @@ class Classification(Objective):
     def loss(self, ids: Tensor, labels: Tensor, ids2: Tensor | None = None,
              lengths: Tensor | None = None, lengths2: Tensor | None = None) -> Tensor:
         """`loss_of_logits` of ids (B, L), for pairs also ids2 (B, L2), and labels (B,)."""
-        a = pool(self.encoder, ids, lengths)
-        b = pool(self.encoder, ids2, lengths2) if self.pairs else None
+        a, b = self.pool(ids, lengths), self.pool(ids2, lengths2) if self.pairs else None
         return loss_of_logits(self.logits(a, b), labels)
 
     def outputs(self, batches: Iterable[Batch], split: Split) -> np.ndarray:
@@ -330,13 +337,14 @@ class Retrieval(Objective):
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
         self.scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.pooling = nn.Parameter(torch.zeros(self.encoder.config["d"]))
 
     def encode(self, ids: Tensor, lengths: Tensor | None) -> Tensor:
         """Normalised (B, d)."""
         if self.pieces == 1:
-            return normalize(pool(self.encoder, ids, lengths), dim=-1)
+            return normalize(self.pool(ids, lengths), dim=-1)
         pieces = zip(*(side.chunk(self.pieces) for side in (ids, lengths) if side is not None))
-        return normalize(torch.cat([recompute(pool, self.encoder, *piece, use_reentrant=False) for piece in pieces]),
+        return normalize(torch.cat([recompute(self.pool, *piece, use_reentrant=False) for piece in pieces]),
                          dim=-1)
 
     def loss(self, ids: Tensor, ids2: Tensor, items: Tensor, lengths: Tensor | None = None,

@@ -105,12 +105,12 @@ def test_type_inference_metrics():
 # ---- objectives -------------------------------------------------------------------------------------
 
 def test_a_pair_has_no_order_and_each_function_is_encoded_once(make_case, monkeypatch):
-    case, rows, pool = make_case("pair"), [], tasks.pool
+    case, rows, pool = make_case("pair"), [], tasks.Objective.pool
     task, split = case.objective.eval(), case.split
     for parameter in task.head.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
-    monkeypatch.setattr(tasks, "pool", lambda encoder, ids, lengths=None: rows.append(
-        len(ids) if lengths is None else int((lengths > 0).sum())) or pool(encoder, ids, lengths))
+    monkeypatch.setattr(tasks.Objective, "pool", lambda self, ids, lengths=None: rows.append(
+        len(ids) if lengths is None else int((lengths > 0).sum())) or pool(self, ids, lengths))
     _, outputs = tasks.evaluate(task, case.valid, split)
     assert sum(rows) == len(split.items()) < split.examples.size
     _, swapped = tasks.evaluate(task, case.valid, split._replace(examples=split.examples[:, ::-1]))
@@ -122,6 +122,21 @@ def test_a_pair_has_no_order_and_each_function_is_encoded_once(make_case, monkey
     assert np.abs(expected.numpy() - outputs[0]).max() < 1e-5
 
 
+def test_attention_pooling(make_case):
+    """By its definition, a row at a time, in float64; at its start the mean; an empty row gives 0."""
+    task = make_case("retrieval").objective.double()
+    ids, lengths = torch.randint(4, task.tokenizer.vocab, (4, 12)), torch.tensor([12, 7, 1, 0])
+    with torch.no_grad():
+        states = [task.encoder(row[None, :n])[0] for row, n in zip(ids, lengths[:3])]
+        assert (task.pool(ids, lengths)[:3] - torch.stack([x.mean(0) for x in states])).abs().max() < 1e-6
+        w = task.pooling.normal_()
+        weights = [torch.exp((x - x.mean(1, True)) / x.std(1, correction=0, keepdim=True) @ w) for x in states]
+        expected = torch.stack([(p[:, None] * x).sum(0) / p.sum() for p, x in zip(weights, states)])
+        found = task.pool(ids, lengths)
+    assert (found[:3] - expected).abs().max() < 1e-3 * expected.abs().max() and not found[3].any()
+    assert (expected[0] - states[0].mean(0)).abs().max() > 0.01
+
+
 def test_in_batch_negatives(make_case):
     """The cross-entropy of its definition, float64: equal texts and codes are no negatives, empty rows nothing."""
     task = make_case("retrieval").objective
@@ -129,7 +144,6 @@ def test_in_batch_negatives(make_case):
     lengths = torch.tensor([12, 9, 5, 12, 3, 0])
     items = torch.tensor([[0, 15], [1, 16], [2, 15], [0, 17], [4, 18], [-1, -1]])  # the first text has two right codes
     with torch.no_grad():
-        assert not tasks.pool(encoder, ids, lengths)[5].any()
         loss, correct, count = task.loss(ids, ids2, items, lengths, lengths).tolist()
         q, c = (torch.cat([normalize(encoder(row[None, :n]).double().mean(1), dim=-1)
                            for row, n in zip(rows[:5], lengths)]) for rows in (ids, ids2))
