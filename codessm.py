@@ -614,6 +614,7 @@ class Model(NamedTuple):
     positions: bool = False  # learned absolute positions
     extra_layers: int = 0  # beyond those of the size
     attention: bool = False  # the layer after the first half is an `AttentionLayer`
+    lr: float = 5e-4  # the peak learning rate at a width of 1,024
 
 
 MODELS = {
@@ -625,9 +626,9 @@ MODELS = {
     "codessm-8k": Model(BiGSLayer, 8),
     "codessm-hf": Model(BiGSLayer, 1, dict(local=3)),
     "codessm-hybrid": Model(BiGSLayer, 8, attention=True),
-    "bertcoder": Model(TransformerLayer, options=dict(rotary=False), positions=True),
-    "rocoder": Model(TransformerLayer),
-    "zamba": Model(ZambaLayer, extra_layers=2),
+    "bertcoder": Model(TransformerLayer, options=dict(rotary=False), positions=True, lr=2e-4),
+    "rocoder": Model(TransformerLayer, lr=2e-4),
+    "zamba": Model(ZambaLayer, extra_layers=2, lr=3e-4),
 }
 CHUNK = {"cuda": 512}  # the longest c, with up to 8 kernels; 256 on other devices
 GROUP = 64  # m, with up to 8 kernels
@@ -830,7 +831,7 @@ OPTIONS = {
     "--vocab": integer(1, 10_000_000, help="Entries of the tokenizer to train.  [default: 32100; tiny: 4096]"),
     "--steps": integer(help="Optimizer steps, in place of --epochs."),
     "--epochs": integer(),
-    "--batch": integer(1, 2**20, default=32, show_default=True, help="Samples per step."),
+    "--batch": integer(1, 2**20, help="Samples per step.  [default: 32]"),
     "--accumulate": integer(default=1, show_default=True, help="Cut each batch into N pieces, to save memory."),
     "--lr": dict(type=click.FloatRange(0, min_open=True), metavar="RATE"),
     "--eval-every": integer(),
@@ -1010,8 +1011,9 @@ def prepare(settings: Settings, output: tasks.Output) -> tuple:
         tokenizer = init.tokenizer if init and not settings.vocab else pretrained and pretrained.tokenizer
     if not pretrained:
         settings.model, settings.size = settings.model or "codessm", settings.size or "base"
-    d = pretrained.encoder.config["d"] if pretrained else SIZES[settings.size]["d"]
-    settings.lr = settings.lr or default_learning_rate(d, bool(pretrained or init))
+    config = pretrained.encoder.config if pretrained else dict(SIZES[settings.size], model=settings.model)
+    settings.lr = settings.lr or default_learning_rate(config["model"], config["d"], bool(init))
+    settings.batch = settings.batch or task.batch
     settings.vocab = tokenizer.vocab if tokenizer else settings.vocab or (4096 if settings.size == "tiny" else 32100)
     settings.epochs = None if settings.steps else settings.epochs or task.epochs
     settings.files = {source.name: source.mark for source in dataset.sources}
@@ -1028,9 +1030,9 @@ def prepare(settings: Settings, output: tasks.Output) -> tuple:
     return (settings, dataset, tokenizer or data.train_tokenizer(dataset, settings.vocab)), (pretrained, init, state)
 
 
-def default_learning_rate(d: int, pretrained: bool) -> float:
-    """The peak learning rate without --lr; 5e-5 is the papers' for fine-tuning."""
-    return 2e-3 if d <= SIZES["tiny"]["d"] else 5e-5 if pretrained else 3e-4
+def default_learning_rate(model: str, d: int, continued: bool = False) -> float:
+    """The peak learning rate without --lr: inverse to the width, at most 2e-3; a tenth of it with --init."""
+    return min(2e-3, MODELS[model].lr * SIZES["base"]["d"] / d) / (10 if continued else 1)
 
 
 def reading(settings: Settings) -> dict:
@@ -1137,11 +1139,14 @@ TRAINING = ("--ctx --model --kernels --size --init --tokenizer --vocab --steps -
             "--eval-every --limit --skip-bad --max-line --seed -o --restart --device --compile/--no-compile --json")
 
 
+LR_HELP = "Peak learning rate.  [default: 5e-4 for base, 1e-3 small, 2e-3 tiny; less for bertcoder, rocoder and zamba"
+
+
 @cli.command(epilog="Example: codessm pretrain corpus.jsonl --ctx 256 --steps 10000 -o model.pt")
 @click.argument("corpus", nargs=-1)
 @options(TRAINING + " --code-field --text-field",
          ctx="Tokens per sample, with special tokens.  [default: 256]", epochs="Passes over the corpus.  [default: 1]",
-         lr="Peak learning rate.  [default: 3e-4, with --init 5e-5; tiny: 2e-3]",
+         lr=LR_HELP + ", with --init a tenth]",
          eval_every="Steps between evaluations.  [default: a tenth of all]",
          o=dict(default="model.pt", show_default=True, help="The checkpoint to write."))
 def pretrain(corpus, **chosen):
@@ -1170,7 +1175,7 @@ def data_paths(task: str, path: str | None) -> list[str]:
          data="The folder (or file) of the benchmark as published.  [default: ./TASK]",
          ctx="Tokens per function, with special tokens.  [default: the task's]",
          epochs="Passes over the training split.  [default: the task's]",
-         lr="Peak learning rate.  [default: 5e-5 from a checkpoint, 3e-4 from scratch; tiny: 2e-3]",
+         lr=LR_HELP + "]", batch="Samples per step.  [default: 32; advtest, sqa, retrieval: 128]",
          eval_every="Steps between evaluations.  [default: those of an epoch]",
          o="The checkpoint to write.  [default: TASK.pt]")
 def finetune(task, **chosen):
@@ -1196,7 +1201,8 @@ def load_for(name: str, path: str, device: torch.device) -> Objective:
     return model
 
 
-BATCH_HELP = "Samples at a time; the result does not depend on it (except for codef)."
+BATCH = dict(default=32, show_default=True,
+             help="Samples at a time; the result does not depend on it (except for codef).")
 
 
 @cli.command(epilog="Example: codessm evaluate devign --ckpt devign.pt --split test --predictions predictions.txt")
@@ -1204,7 +1210,7 @@ BATCH_HELP = "Samples at a time; the result does not depend on it (except for co
 @options("--ckpt --data --ctx --batch --limit --skip-bad --max-line --code-field --text-field --device "
          "--compile/--no-compile --json",
          data="The folder (or file) of the benchmark; for mlm a corpus.  [default: ./TASK; mlm: the standard library]",
-         ctx="Tokens per function.  [default: as trained]", batch=BATCH_HELP)
+         ctx="Tokens per function.  [default: as trained]", batch=BATCH)
 @click.option("--split", default="test", show_default=True, type=click.Choice(data.SPLITS),
               help="The split to score; for mlm test is the whole corpus, valid the held-out part of it.")
 @click.option("--predictions", metavar="FILE", help="Write the predictions as CodeXGLUE's evaluators read them.")
@@ -1258,7 +1264,7 @@ PREDICT = 4096  # records at a time
 @cli.command(epilog="Example: codessm predict --ckpt devign.pt functions.jsonl > predictions.jsonl")
 @click.argument("files", nargs=-1)
 @options("--ckpt --ctx --batch --skip-bad --max-line --device",
-         ctx="Tokens per function.  [default: as trained]", batch=BATCH_HELP)
+         ctx="Tokens per function.  [default: as trained]", batch=BATCH)
 def predict(files, ckpt, ctx, batch, skip_bad, max_line, device):
     """Predict labels or scores for source files or JSONL.
 

@@ -1076,14 +1076,15 @@ class Task(NamedTuple):
     splits: tuple[str, ...] = SPLITS  # that training reads
     evaluations: int = 0           # of a run; 0 means one an epoch
     obfuscate: float = 0           # the share of training functions whose names are replaced
+    batch: int = 32                # examples a step
 
 
 ADVTEST = Task(
-    "retrieval", 512, 2, "mrr", ("docstring_tokens", "docstring"),
+    "retrieval", 512, 3, "mrr", ("docstring_tokens", "docstring"),
     ("code_tokens", "function_tokens", "code", "function"),
     line='{"docstring_tokens": [...], "code_tokens": [...], "url": "...", "idx": 0}',
     published="https://github.com/microsoft/CodeXGLUE/tree/main/Text-Code/NL-code-search-Adv", docstrings=True,
-    obfuscate=0.5)
+    obfuscate=0.5, batch=128)
 TASKS = {
     "advtest": ADVTEST,
     "nlcodesearch": ADVTEST,
@@ -1092,7 +1093,7 @@ TASKS = {
         files="corpus.jsonl, queries.jsonl and qrels/{train,test}.tsv (CoIR), or Questions.csv and Answers.csv "
               "(StackSample), or JSONL", line='{"question": "...", "answer": "..."}',
         published="https://huggingface.co/datasets/CoIR-Retrieval/stackoverflow-qa and "
-                  "https://www.kaggle.com/datasets/stackoverflow/stacksample"),
+                  "https://www.kaggle.com/datasets/stackoverflow/stacksample", batch=128),
     "devign": Task(
         "classify", 400, 5, "accuracy", code=("func",), label="target", labels=("0", "1"),
         files="function.json with train.txt, valid.txt and test.txt, or train.jsonl, valid.jsonl and test.jsonl",
@@ -1117,7 +1118,7 @@ TASKS = {
         line='{"func": "int f() {...}", "idx": "10"}',
         published="https://github.com/microsoft/CodeXGLUE/tree/main/Code-Code/Clone-detection-BigCloneBench"),
     "retrieval": Task("retrieval", 512, 3, "mrr", TEXT_FIELDS[::-1], line='{"text": "...", "code": "..."}',
-                      docstrings=True),
+                      docstrings=True, batch=128),
     "classify": Task("classify", 512, 3, "accuracy", line='{"code": "...", "label": "..."}'),
     "tag": Task("tag", 512, 3, "accuracy", line='{"tokens": ["def", "f", ...], "labels": [null, "name", ...]}'),
     "pair": Task("pair", 512, 3, "f1", labels=("0", "1"), line='{"code1": "...", "code2": "...", "label": 0}'),

@@ -328,9 +328,10 @@ class Retrieval(Objective):
 
     The loss is the cross-entropy of each text over the codes of the batch on all ranks, as in InfoNCE (van den Oord et
     al. 2018). A code that is the same item as a text's own, or that belongs to an equal text, is no negative. As the
-    rows of a batch depend on each other, --accumulate cuts only the encoding into pieces, and encodes each piece again
-    for its gradients.
+    rows of a batch depend on each other, only the encoding is cut into pieces, each of which is encoded again for its
+    gradients: into --accumulate pieces, of at most `MOST_TOKENS` tokens (38 GB on a GPU at `base`).
     """
+    MOST_TOKENS = 2 ** 15
     fields = ("ids", "lengths", "ids2", "lengths2", "items")
     coupled, pieces = True, 1
 
@@ -341,11 +342,12 @@ class Retrieval(Objective):
 
     def encode(self, ids: Tensor, lengths: Tensor | None) -> Tensor:
         """Normalised (B, d)."""
-        if self.pieces == 1:
+        B, L = ids.shape
+        rows = min(-(-B // self.pieces), max(1, self.MOST_TOKENS // L))
+        if rows == B:
             return normalize(self.pool(ids, lengths), dim=-1)
-        pieces = zip(*(side.chunk(self.pieces) for side in (ids, lengths) if side is not None))
-        return normalize(torch.cat([recompute(self.pool, *piece, use_reentrant=False) for piece in pieces]),
-                         dim=-1)
+        pieces = zip(*(side.split(rows) for side in (ids, lengths) if side is not None))
+        return normalize(torch.cat([recompute(self.pool, *piece, use_reentrant=False) for piece in pieces]), dim=-1)
 
     def loss(self, ids: Tensor, ids2: Tensor, items: Tensor, lengths: Tensor | None = None,
              lengths2: Tensor | None = None) -> Tensor:
@@ -1168,7 +1170,7 @@ class Settings:
     vocab: int | None = None
     steps: int | None = None
     epochs: int | None = None
-    batch: int = 32
+    batch: int | None = None
     accumulate: int = 1
     lr: float | None = None
     eval_every: int | None = None

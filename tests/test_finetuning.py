@@ -156,6 +156,20 @@ def test_in_batch_negatives(make_case):
     assert abs(loss / expected - 1) < 1e-5 and count == 5 and correct == hits
 
 
+def test_long_texts_are_encoded_in_pieces(make_case, monkeypatch):
+    """In fewer tokens at a time, as --accumulate does it: the same gradients, the pieces counted."""
+    case, found = make_case("retrieval"), []
+    monkeypatch.setattr(tasks, "recompute", lambda *args, **options: found.append(args) or args[0](*args[1:]))
+    tensors = case.objective.prepare(case.train[0])
+    gradients = []
+    for most in (2 ** 15, 100):
+        case.objective.MOST_TOKENS = most
+        loss = case.objective.loss(**tensors)[0]
+        gradients.append(torch.autograd.grad(loss, [*case.objective.parameters()]))
+    assert len(found) == sum(-(-8 // (100 // tensors[name].shape[1])) for name in ("ids", "ids2")) > 2
+    assert all((a - b).abs().max() <= 1e-5 * (1 + a.abs().max()) for a, b in zip(*gradients))
+
+
 def test_equal_answers_are_no_negatives_and_one_candidate(make_case, tokenizer, tmp_path):
     answers = ["See the manual."] * 8 + ["Do not."]
     write({"queries.jsonl": [{"_id": i, "text": f"How do I open a tree number {i}?"} for i in range(9)],
