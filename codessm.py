@@ -29,18 +29,24 @@ from collections import Counter
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple, Sequence
 
+IS_PROGRAM = Path(sys.argv[0]).stem == "codessm"  # ours, and not one that imports this module
+
 # a file of the same name in the user's folder would shadow one of our flat modules
 for name in ("data", "tasks"):
     spec = importlib.util.find_spec(name)
     if spec and spec.origin and Path(spec.origin).resolve().parent != Path(__file__).resolve().parent:
-        raise ImportError(f"{spec.origin} shadows codessm's own {name}.py in {Path(__file__).parent}: "
-                          "rename it, or run from another folder")
+        shadowed = (f"{spec.origin} shadows codessm's own {name}.py in {Path(__file__).parent}: "
+                    "rename it, or run from another folder")
+        if not IS_PROGRAM:
+            raise ImportError(shadowed)
+        print(f"Error: {shadowed}", file=sys.stderr)
+        sys.exit(2)
 
 # idle threads sleep instead of spinning, which beside one other busy process makes two threads five times slower
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# in our program (not in one that imports this module) Ctrl-C during the slow imports below ends it without a traceback
-if Path(sys.argv[0]).stem == "codessm" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+# Ctrl-C during the slow imports below ends our program without a traceback
+if IS_PROGRAM and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import click
@@ -808,7 +814,7 @@ def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> Objecti
 
 # ---- options ----------------------------------------------------------------------------------------
 
-def integer(least: int = 1, most: int | None = None, **more: object) -> dict:
+def integer(least: int = 1, most: int = 10**12, **more: object) -> dict:
     """The attributes of an option with a number."""
     return dict(type=click.IntRange(least, most), metavar="N") | more
 
@@ -900,19 +906,20 @@ class Commands(click.Group):
             result = super().invoke(ctx)
             data.all_gather(None)  # no rank leaves before all have finished
             return result
-        except click.UsageError as error:
-            if data.rank() > 0:  # rank 0 shows the same error
-                error.show = lambda *_: None
-            raise
-        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError, SystemExit):
+        except (click.exceptions.Exit, click.Abort, BrokenPipeError, SystemExit):
             raise
         except BaseException as error:
-            if isinstance(error, OSError) and error.filename is None:  # of standard output, or of -o or --predictions
+            if isinstance(error, OSError) and error.filename is None:
                 error = Problem(f"could not write the output: {error.strerror}", 1)
-            problem = tasks.explain(error)
-            if problem.exit_code > 128:
-                problem.message += ": nothing is lost"
-            raise problem from None
+            elif isinstance(error, KeyboardInterrupt):
+                error = tasks.explain(error)
+                error.message += ": nothing is lost"
+            elif not isinstance(error, click.ClickException):
+                error = tasks.explain(error)
+            if isinstance(error, click.UsageError) and os.environ.get("RANK", "0") != "0" and several_processes():
+                error.show = lambda *_: time.sleep(2)  # rank 0 shows the same, unless torchrun ends it for our end
+            tasks.tell_torchrun(error.message)
+            raise error from None
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -924,10 +931,15 @@ class Commands(click.Group):
 @click.pass_context
 def cli(ctx):
     """CodeSSM: a bidirectional state-space encoder of source code, linear in length."""
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    if several_processes():
         if ctx.invoked_subcommand not in ("pretrain", "finetune", "evaluate"):
-            raise Problem(f"{ctx.invoked_subcommand} runs in one process: start it without torchrun")
+            raise click.UsageError(f"{ctx.invoked_subcommand} runs in one process: start it without torchrun")
         tasks.join_ranks()
+
+
+def several_processes() -> bool:
+    """Whether torchrun, or what sets its variables, has started several processes."""
+    return os.environ.get("WORLD_SIZE", "") not in ("", "1")
 
 
 def choose_device(name: str) -> torch.device:
@@ -987,8 +999,8 @@ def check(settings: Settings) -> None:
     if settings.lr and not math.isfinite(settings.lr):
         raise click.UsageError(f"--lr {settings.lr} is not a number to learn with")
     for option, path in (("--ckpt", settings.ckpt), ("--init", settings.init)):
-        written = map(os.path.realpath, (settings.output, f"{settings.output}.state"))
-        if path is not None and os.path.realpath(path) in written:
+        written = os.path.realpath(settings.output)
+        if path is not None and os.path.realpath(path) in (written, f"{written}.state"):
             raise Problem(f"-o {settings.output} would replace what {option} {path} is read from: give another -o")
 
 
@@ -1016,7 +1028,7 @@ def prepare(settings: Settings, output: tasks.Output) -> tuple:
     settings.batch = settings.batch or task.batch
     settings.vocab = tokenizer.vocab if tokenizer else settings.vocab or (4096 if settings.size == "tiny" else 32100)
     settings.epochs = None if settings.steps else settings.epochs or task.epochs
-    settings.files = {source.name: source.mark for source in dataset.sources}
+    settings.files = {source.name: source.mark for source in dataset.sources} | {"lines": f"CRC {dataset.checksum:08x}"}
     for option, path in (("--ckpt", settings.ckpt), ("--init", settings.init)):
         if path is not None:
             settings.files[f"{option} {path}"] = data.open_source(path).mark
@@ -1046,6 +1058,7 @@ def fit(settings: Settings) -> None:
     started = time.monotonic()
     check(settings)
     with tasks.Output(settings.output, settings.restart) as output:
+        settings.output = output.path
         shared, (pretrained, init, state) = prepare(settings, output) if data.rank() == 0 else (None, (None,) * 3)
         settings, dataset, tokenizer = data.broadcast(shared)
         device, ctx, batch, seed = choose_device(settings.device), settings.ctx, settings.batch, settings.seed
@@ -1109,7 +1122,8 @@ def describe(settings: Settings, dataset: data.Dataset, objective: Objective, tr
     kernels = f", {config['kernels']} kernels per direction" * (config["kernels"] > 1)
     facts = {
         "task": f"{settings.task}{kind}, from {settings.ckpt or settings.init or 'scratch'}",
-        "data": dataset.description() + (f"; {dataset.bad:,} bad lines passed over" if dataset.bad else ""),
+        "data": dataset.description() + (f"; {data.counted(dataset.bad, 'bad line')} passed over"
+                                                 if dataset.bad else ""),
         "init": copied,
         "labels": f"{len(labels):,}: {data.listed(labels, 8)}" if labels else "",
         "tokenizer": f"{objective.tokenizer.vocab:,} entries",

@@ -9,9 +9,11 @@
 """
 import array
 import ast
+import base64
 import bz2
 import codecs
 import csv
+import errno
 import glob
 import gzip
 import html
@@ -27,11 +29,13 @@ import symtable
 import sys
 import sysconfig
 import tempfile
+import threading
 import tokenize
 import warnings
 import zipfile
 import zlib
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, partial
@@ -54,6 +58,7 @@ MAX_LINE = 16_000_000  # bytes, unless --max-line says otherwise
 MAX_FILE = 1_000_000_000  # bytes of a file that is read as a whole
 MAX_RATIO = 100  # a compressed file may unpack to this many times its size
 STANDARD_LIBRARY = sysconfig.get_paths()["stdlib"]
+STANDARD_LIBRARY_NAME = "standard library of Python"
 STARCODER = re.compile(r"\A(?:<(?:reponame|filename|gh_stars)>[^<\n]*)+\n?")
 
 
@@ -120,6 +125,11 @@ def human_bytes(count: float) -> str:
         count /= 1000
 
 
+def counted(count: int, noun: str) -> str:
+    """A number of things for people: 1 file, 2 files."""
+    return f"{count:,} {noun}" + "s" * (count != 1)
+
+
 def listed(names: Iterable[object], most: int = 3) -> str:
     """The names for a sentence, at most `most` of them."""
     names = list(map(str, names))
@@ -128,8 +138,11 @@ def listed(names: Iterable[object], most: int = 3) -> str:
 
 @contextmanager
 def atomic(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """A binary file, `path`.tmp, that becomes `path` when the block ends. If that fails, `path` stays as it was."""
-    path = os.path.realpath(path)
+    """A binary file, `path`.tmp, that becomes `path` when the block ends. If that fails, `path` stays as it was.
+
+    Raises `Problem` if it cannot be written.
+    """
+    name, path = path, os.path.realpath(path)
     temporary = f"{path}.tmp"
     try:
         with open(temporary, "wb") as file:
@@ -137,8 +150,13 @@ def atomic(path: str | os.PathLike) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        cause = error.__context__ if type(error) is RuntimeError else error  # torch turns a failed write into one
+        if isinstance(cause, OSError) and cause.filename in (None, temporary):
+            left = "the file of that name is as it was" if os.path.exists(path) else "nothing was left there"
+            advice = {errno.EFBIG: ". Raise `ulimit -f`, then go on", errno.ENOSPC: ". Make room, then go on"}
+            raise Problem(f"could not write {name}: {cause.strerror}; {left}{advice.get(cause.errno, '')}", 1) from None
         raise
     directory = os.open(os.path.dirname(path), os.O_RDONLY)
     os.fsync(directory)
@@ -207,7 +225,7 @@ class Source(NamedTuple):
     """A file of lines: plain, compressed by gzip, bzip2 or xz, or one member of a zip archive."""
     name: str  # as the user knows it
     path: str
-    mark: str  # changes when the content does; "-" if the content cannot be read again, as of a pipe
+    mark: str  # `mark_of` the file; "-" if the content cannot be read again, as of a pipe
     member: str = ""
 
     @contextmanager
@@ -252,14 +270,21 @@ class Source(NamedTuple):
 
     def check_unchanged(self, file: BinaryIO) -> None:
         """Raise a `Problem` if the open file has changed since it was found."""
-        if os.path.dirname(self.path) != temporary_folder().name and self.mark != mark_of(file):
-            raise Problem(f"{self.name} changed while it was being read", 1)
+        if self.mark not in ("-", mark_of(file)):
+            raise changed(self.name)
 
 
 def mark_of(file: BinaryIO) -> str:
-    """The `Source.mark` of an open file."""
-    status = os.fstat(file.fileno())
-    return f"{status.st_size} bytes, {status.st_mtime_ns}"
+    """The size of an open file and a CRC of 64 blocks of 64 kB: what is cheap to compare, and outlives a copy."""
+    size, crc = os.fstat(file.fileno()).st_size, 0
+    for place in np.linspace(0, max(0, size - 2 ** 16), 64 if size > 2 ** 22 else -(-size // 2 ** 16)).astype(int):
+        crc = zlib.crc32(os.pread(file.fileno(), 2 ** 16, place), crc)
+    return f"{size} bytes, CRC {crc:08x}"
+
+
+def changed(names: str) -> Problem:
+    """The error of files that are no longer what they were when the run began."""
+    return Problem(f"{names} changed while it was being read" + ", or is not that of rank 0" * (rank() > 0), 1)
 
 
 @cache
@@ -309,9 +334,10 @@ def find_sources(paths: Iterable[str]) -> list[Source]:
             files = filter(JSON_LINES.fullmatch, walk(match)) if folder else [match]
             found += [file for file in files if exists and not folder or not is_log(file)]
         if not found:
-            raise Problem(f"{path}: no file of JSON lines (.jsonl, .jsonlines, .json, compressed or in a .zip); "
-                          f"`codessm corpus {path} -o corpus.jsonl` makes one of source files" if matches else
-                          f"{path}: no such file")
+            sources = os.path.isdir(path) and any(source_files([path]))
+            raise Problem(f"{path}: no file of JSON lines (.jsonl, .jsonlines, .json, compressed or in a .zip)"
+                          + (f"; `codessm corpus {path} -o corpus.jsonl` makes one of the source files" if sources else
+                             ", nor a source file") if matches else f"{path}: no such file")
         for name in found:
             names.setdefault(name if name == "-" else os.path.realpath(name), name)
     return [member for name in names.values() for member in members(open_source(name))]
@@ -357,8 +383,7 @@ def standard_library() -> Source:
     path = os.path.join(temporary_folder().name, "standard-library.jsonl")
     with open(path, "wb") as out:
         build_corpus([STANDARD_LIBRARY], out)
-    return Source(f"standard library of Python {sys.version.split()[0]}", path,
-                  f"{os.path.getsize(path)} bytes, {zlib.crc32(Path(path).read_bytes())}")
+    return open_source(path)._replace(name=f"{STANDARD_LIBRARY_NAME} {sys.version.split()[0]}")
 
 
 @dataclass
@@ -373,9 +398,10 @@ class Records:
     skip_bad: bool = False  # count bad lines, where otherwise the first raises a `Problem`
     longest: int = MAX_LINE  # bytes of a line
     bad = 0  # lines passed over in the latest iteration
+    checksum = None  # a CRC of all lines, from the first whole iteration on; a `Problem` in a later one that differs
 
     def __iter__(self) -> Iterator[tuple[int, object]]:
-        self.bad = 0
+        self.bad = checksum = 0
         total = sum(os.path.getsize(path) for path in {source.path for source in self.sources})
         with progress(total=total, desc="reading records", unit="B") as bar:
             for place, self.source in enumerate(self.sources):
@@ -386,6 +412,7 @@ class Records:
                     try:
                         if isinstance(line, BadLine):
                             raise line
+                        checksum = zlib.crc32(line, checksum)
                         parsed = self.parse(line)
                     except BadLine as error:
                         self.reject(error)
@@ -394,6 +421,9 @@ class Records:
                     if parsed is not None:
                         read += 1
                         yield place, parsed
+        if self.checksum not in (None, checksum):
+            raise changed(listed(source.name for source in self.sources))
+        self.checksum = checksum
 
     def reject(self, error: BadLine) -> None:
         """Count the current line as bad, or raise a `Problem` that names it."""
@@ -405,7 +435,11 @@ class Records:
     def none_found(self) -> Problem:
         """The error of files without any record."""
         return Problem(f"{listed(source.name for source in self.sources)}: no records"
-                       + (f"; the last of {self.bad} bad lines is {self.last_bad}" if self.bad else ": it is empty"))
+                       + (f"; {self.passed_over()}" if self.bad else ": it is empty"))
+
+    def passed_over(self) -> str:
+        """What is said of the bad lines."""
+        return f"{counted(self.bad, 'bad line')} passed over; the last is {self.last_bad}"
 
 
 JSON_KIND = {list: "an array", dict: "an object", str: "a string", bool: "a truth value", type(None): "null"}
@@ -418,8 +452,10 @@ def parse_json(line: bytes) -> dict:
     except UnicodeDecodeError as error:
         raise BadLine(f"invalid UTF-8 at byte {error.start + 1} of the line") from None
     except json.JSONDecodeError as error:
-        raise BadLine(f"not JSON: {error.msg} at column {error.colno}") from None
-    except (ValueError, RecursionError) as error:
+        raise BadLine(f"not JSON: {error.msg.removesuffix(' at')} at column {error.colno}") from None
+    except RecursionError:
+        raise BadLine("not JSON: nested too deeply") from None
+    except ValueError as error:
         raise BadLine(f"not JSON: {str(error).split(';')[0]}") from None
     if not isinstance(record, dict):
         raise BadLine(f"{JSON_KIND.get(type(record), 'a number')}, not a JSON object")
@@ -567,6 +603,7 @@ class Dataset:
     reading: dict = {}  # how the files are read
     count = 0  # items
     bad = 0  # lines passed over
+    checksum = 0  # of all lines
     bytes = 0  # about the size of all texts
     windows = False  # whether items are files of words, whose windows are numbered when they are tokenised
 
@@ -644,7 +681,7 @@ class Corpus(Dataset):
             checksums.append(checksum)
             texts += bool(text)
             self.bytes += len(text) + len(code)
-        self.bad, self.count = self.records.bad, len(checksums)
+        self.bad, self.count, self.checksum = self.records.bad, len(checksums), self.records.checksum
         if not self.count:
             raise self.records.none_found()
         if text_field and not texts:
@@ -681,8 +718,8 @@ class Corpus(Dataset):
 
     def description(self) -> str:
         parts = [f"{len(split.examples):,} for {name}" for name, split in self.splits.items()]
-        return (f"{listed(source.name for source in self.sources)}: {self.count:,} records, {human_bytes(self.bytes)}; "
-                + ", ".join(parts))
+        return (f"{listed(source.name for source in self.sources)}: {counted(self.count, 'record')}, "
+                f"{human_bytes(self.bytes)}; " + ", ".join(parts))
 
 
 # ---- the tokenizer ----------------------------------------------------------------------------------
@@ -690,6 +727,34 @@ class Corpus(Dataset):
 SPECIALS = {"pad": ("<pad>", "[PAD]"), "start": ("<s>", "[CLS]"), "end": ("</s>", "[SEP]"),
             "mask": ("<mask>", "[MASK]")}
 LONGEST_WORD = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"\S{256}|\s{256}"), "isolated")
+
+
+@contextmanager
+def library_errors(what: str) -> Iterator[None]:
+    """Make a `Problem` of whatever the tokenizers library raises, and drop what its panics write to descriptor 2."""
+    stderr, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    except (KeyboardInterrupt, Problem):
+        raise
+    except BaseException as error:  # a panic is no Exception
+        raise Problem(f"{what} ({error})") from None
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(null)
+
+
+def growth(normalizer: dict) -> int:
+    """How many times as long a normalizer of a `tokenizer.json` may make a text, as far as the file decides that."""
+    if normalizer["type"] == "Sequence":
+        return math.prod(map(growth, normalizer["normalizers"]))
+    if normalizer["type"] == "Precompiled":  # the size of a trie, the trie, and the replacements
+        content = base64.b64decode(normalizer["precompiled_charsmap"] or "")
+        return max(1, *map(len, content[4 + int.from_bytes(content[:4], "little"):].split(b"\0")), 1)
+    # a pattern may match nothing, between all characters
+    return 1 + len(normalizer.get("content", "")) // max(1, len(normalizer.get("pattern", {}).get("String", "")))
 
 
 class Tokenizer:
@@ -700,11 +765,12 @@ class Tokenizer:
     """
 
     def __init__(self, text: str, name: str = "the tokenizer"):
-        try:
+        with library_errors(f"{name}: not a tokenizer.json"):
             self.model = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # the library raises nothing narrower
-            raise Problem(f"{name}: not a tokenizer.json ({error})") from None
-        self.text = text
+            most = growth(json.loads(text).get("normalizer") or {"type": "none"})
+        if most > MAX_RATIO:
+            raise Problem(f"{name}: its normalizer may make a text {most:,} times as long, over {MAX_RATIO}")
+        self.text, self.name = text, name
         self.model.no_truncation()
         self.model.no_padding()
         self.model.encode_special_tokens = True  # "<mask>" in a source file is six characters of code
@@ -723,7 +789,7 @@ class Tokenizer:
         self.ordinary = np.array(sorted(set(vocabulary.values()) - marked), np.int32)
 
     def __reduce__(self):
-        return Tokenizer, (self.text,)
+        return Tokenizer, (self.text, self.name)
 
     def encode(self, string: str) -> list[int]:
         """The ids of a string, without special tokens; raises `Problem` if the tokenizer cannot encode it."""
@@ -734,9 +800,13 @@ class Tokenizer:
         strings = list(strings)
         parts = strings if room is None else [string[:8 * room + 1024] for string in strings]  # enough for most
         try:
-            found = [encoding.ids for encoding in self.model.encode_batch_fast(parts, add_special_tokens=False)]
-        except Exception as error:  # the library raises nothing narrower
-            raise Problem(f"the tokenizer cannot encode this: {error}") from None
+            with library_errors(""):
+                found = [encoding.ids for encoding in self.model.encode_batch_fast(parts, add_special_tokens=False)]
+        except Problem:
+            for part in parts:
+                with library_errors(f"{self.name} cannot encode a text that begins with {part[:60]!r}"):
+                    self.model.encode(part, add_special_tokens=False)
+            raise
         for i, (ids, string, part) in enumerate(zip(found, strings, parts)):
             # the cut changes the ids of the last word alone, of at most 256 characters
             if len(part) < len(string) and len(ids) < room + len(part[-256:].encode()):
@@ -750,11 +820,8 @@ def load_tokenizer(path: str) -> Tokenizer:
     if not os.path.isdir(path) or os.path.isfile(whole):
         path = whole if os.path.isdir(path) else path
         return Tokenizer(read_text(path), path)
-    try:
+    with library_errors(f"{path}: no tokenizer.json there, nor vocab.json and merges.txt of a byte-level BPE"):
         model = tokenizers.ByteLevelBPETokenizer.from_file(*parts)
-    except Exception as error:  # the library raises nothing narrower
-        raise Problem(f"{path}: no tokenizer.json there, nor vocab.json and merges.txt of a byte-level BPE ({error})"
-                      ) from None
     special = [name for names in (*SPECIALS.values(), ("<unk>",)) for name in names]
     model.add_special_tokens([name for name in special if name in model.get_vocab()])
     return Tokenizer(model.to_str(), path)
@@ -768,8 +835,15 @@ def train_tokenizer(dataset: Dataset, vocab: int, most: int = 200_000_000) -> To
     model = tokenizers.ByteLevelBPETokenizer()
     byte_level = model.pre_tokenizer
     model.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([LONGEST_WORD, byte_level])  # as `Tokenizer` has it
-    model.train_from_iterator(dataset.training_strings(most), vocab, min_frequency=0, show_progress=sys.stderr.isatty(),
-                              special_tokens=[spellings[0] for spellings in SPECIALS.values()])
+    stopped = threading.Event()
+    strings = itertools.takewhile(lambda _: not stopped.is_set(), dataset.training_strings(most))
+    with ThreadPoolExecutor(1) as thread:  # in the main thread signals would wait for the library
+        training = thread.submit(model.train_from_iterator, strings, vocab, 0, sys.stderr.isatty(),
+                                 [spellings[0] for spellings in SPECIALS.values()])
+        try:
+            training.result()
+        finally:
+            stopped.set()
     model.pre_tokenizer = byte_level
     return Tokenizer(model.to_str())
 
@@ -854,9 +928,8 @@ def tokenise(dataset: Dataset, tokenizer: Tokenizer, ctx: int, wanted: np.ndarra
     Local rank 0 of each host tokenises once, in constant memory, while the others wait. A small data set stays in
     memory. A file that an earlier run made of the very same is used again. Raises `Problem`, also if the disk is full.
     """
-    files = [(source.name, source.path if source.mark == "-" else source.mark) for source in dataset.sources]
-    parts = [files, dataset.reading, dataset.labels, dataset.count, dataset.bytes, tokenizer.text, ctx, whole,
-             len(wanted), zlib.crc32(wanted.tobytes())]
+    parts = [dataset.checksum, dataset.reading, dataset.labels, dataset.count, dataset.bytes, tokenizer.text, ctx,
+             whole, len(wanted), zlib.crc32(wanted.tobytes())]
     key = f"{digest(json.dumps(parts)):016x}"
 
     def write(file: BinaryIO) -> None:
@@ -872,15 +945,16 @@ def tokenise(dataset: Dataset, tokenizer: Tokenizer, ctx: int, wanted: np.ndarra
         path = os.path.join(tempfile.gettempdir(), f"codessm-{broadcast(os.urandom(8).hex())}.tokens")
     first = world_size() == 1 or os.environ.get("LOCAL_RANK", "0") == "0"
     if first and TokenStore.open(path, key) is None:
+        if rank() > 0 and dataset.sources[0].name.startswith(STANDARD_LIBRARY_NAME):
+            theirs, dataset.sources[0] = dataset.sources[0], standard_library()  # rank 0's is on rank 0's host
+            if theirs.mark != dataset.sources[0].mark:
+                raise changed(theirs.name)
         size = 0.8 * dataset.bytes * len(wanted) / dataset.count  # at 2.5 bytes of text a token, which takes 2 bytes
         free = shutil.disk_usage(os.path.dirname(os.path.abspath(path))).free
         if size > free:
             raise Problem(f"no room for {path}: it takes about {human_bytes(size)}, {human_bytes(free)} are free", 1)
-        try:
-            with atomic(path) as file:
-                write(file)
-        except OSError as error:
-            raise Problem(f"could not write {path}: {error.strerror}", 1) from None
+        with atomic(path) as file:
+            write(file)
     all_gather(None)  # wait until it is there
     store = TokenStore.open(path, key)
     if store is None:
@@ -1343,7 +1417,7 @@ class Benchmark(Dataset):
 
     def number_items(self, digests: array.array) -> None:
         """Find the item of each text by the texts' digests."""
-        self.bad, self.count = self.records.bad, len(digests)
+        self.bad, self.count, self.checksum = self.records.bad, len(digests), self.records.checksum
         if not self.count:
             raise self.records.none_found()
         texts = np.frombuffer(digests, np.uint64)
@@ -1525,6 +1599,7 @@ class Benchmark(Dataset):
                 split = "valid" if hashed(texts[0]) == "valid" else "train"
             rows.append((split, texts, label))
         self.bad += records.bad
+        self.checksum = zlib.crc32(str(records.checksum).encode(), self.checksum)
         return rows
 
     # -- tagging
@@ -1595,7 +1670,7 @@ def examples_to_predict(paths: Iterable[str], name: str, **reading) -> Iterator[
     def examples(records: Records) -> Iterator[Example]:
         yield from (example for _, example in records)
         if records.bad:
-            info(f"{records.bad:,} bad lines are left out; the last is {records.last_bad}")
+            info(records.passed_over())
 
     task = TASKS[name]
     parse = partial(parse_example, task._replace(code=tuple(dict.fromkeys(task.code + CODE_FIELDS)),
@@ -1707,7 +1782,7 @@ def read_sources(paths: list[str], languages: Iterable[str] = (), mixed: bool = 
             skipped.setdefault(reason, []).append(relative)
         else:
             yield source, language, well_formed(relative)
-    info(f"{len(files):,} source files"
+    info(counted(len(files), "source file")
          + "".join(f"; {len(names):,} left out: {why} ({listed(names)})" for why, names in sorted(skipped.items()))
          + (f"; not known as source: {listed(f'{count:,} {ending}' for ending, count in others.most_common())}"
             if others and not languages else ""))
@@ -1727,7 +1802,7 @@ def build_corpus(paths: list[str], out: BinaryIO) -> None:
             if codes[code] == 1:
                 line = json.dumps(record | {"language": language, "path": path}, ensure_ascii=False)
                 out.write(line.encode() + b"\n")
-    info(f"{len(codes):,} records; {codes.total() - len(codes):,} exact duplicates dropped")
+    info(f"{counted(len(codes), 'record')}; {counted(codes.total() - len(codes), 'exact duplicate')} dropped")
     if not codes:
         raise Problem(f"{', '.join(paths)}: the source files hold no code to take")
 
@@ -2036,6 +2111,8 @@ def probe_functions(paths: list[str], count: int, fits: Callable[[str], bool], s
     with progress(total=sum(some.total() for some in missing.values()), desc="finding pairs", unit=" pairs") as bar:
         for source, _language, path in read_sources(paths, ["python"], mixed=True):
             split = "test" if digest("split " + path) % 5 == 0 else "train"
+            if not missing[split].total():
+                continue
             with suppress(*UNPARSABLE):
                 for code in (well_formed(function["code"]) for function in python_functions(source)):
                     if len(code) <= 2000 and fits(code):
@@ -2215,7 +2292,7 @@ def build_benchmark(task: str, paths: list[str], folder: str) -> None:
             for number, row in enumerate(rows):
                 row = row | {"idx": number} if task == "advtest" else row
                 out.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-        info(f"{folder}/{split}.jsonl: {len(rows):,} lines from {len(part):,} source files"
+        info(f"{folder}/{split}.jsonl: {counted(len(rows), 'line')} from {counted(len(part), 'source file')}"
              + (f"; {len(own) - len(rows):,} left out, {reason}" if len(rows) < len(own) else ""))
         if split == "train" and task == "typeinf":
             types = Counter(label for row in rows for label in row["labels"] if label is not None)

@@ -13,6 +13,7 @@ import itertools
 import json
 import math
 import os
+import pickletools
 import re
 import resource
 import shutil
@@ -837,6 +838,13 @@ def join_ranks() -> None:
 
     Objects and CPU tensors travel by gloo, GPU tensors by NCCL.
     """
+    number, count = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+        raise Problem(f"RANK={number} and WORLD_SIZE={count} name none of several processes: start them with torchrun")
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    for number, handler in handlers.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)  # ours would wait for the other processes
     try:
         store, number, count = next(rendezvous("env://", timeout=timedelta(minutes=30)))
         # torchrun keeps its store when it starts ranks again, and in it the addresses of those that are gone
@@ -847,6 +855,16 @@ def join_ranks() -> None:
     except (ValueError, RuntimeError) as error:
         raise Problem(f"the {os.environ['WORLD_SIZE']} processes could not reach each other "
                       f"({str(error).splitlines()[0][:200]}): start them with torchrun", 1) from None
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def tell_torchrun(message: str) -> None:
+    """Let torchrun end its report, which is long, with this sentence."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        with suppress(OSError):
+            Path(path).write_text(json.dumps({"message": message, "timestamp": int(time.time())}))
 
 
 def leave_ranks(code: int) -> None:
@@ -862,6 +880,30 @@ def all_reduce(tensor: Tensor, operation=dist.ReduceOp.SUM) -> Tensor:
     if world_size() > 1:
         dist.all_reduce(tensor, operation)
     return tensor
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], value: object) -> object:
+    """A copy of nested dicts and lists with `function` of each tensor."""
+    if isinstance(value, dict):
+        return {key: map_tensors(function, part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [map_tensors(function, part) for part in value]
+    return function(value) if isinstance(value, Tensor) else value
+
+
+def broadcast_state(state: dict | None) -> dict | None:
+    """Rank 0's state, on every rank. Its tensors travel one by one: pickled they would take several times their memory.
+    """
+    if world_size() == 1:
+        return state
+
+    def send(tensor: Tensor) -> Tensor:
+        tensor = tensor.contiguous() if rank() == 0 else torch.empty_like(tensor, device="cpu")
+        dist.broadcast(tensor, 0)
+        return tensor
+
+    shapes = broadcast(map_tensors(lambda tensor: tensor.to("meta"), state))
+    return map_tensors(send, state if rank() == 0 else shapes)
 
 
 def explain(error: BaseException) -> Problem:
@@ -939,30 +981,45 @@ def save(path: str | os.PathLike, objective: Objective) -> None:
 
 def write(path: str | os.PathLike, content: dict) -> None:
     """Write a checkpoint or a state; raises `Problem` and leaves an old file whole if that fails."""
-    try:
-        with data.atomic(path) as file:
-            torch.save(content, file)
-    except (OSError, RuntimeError) as error:  # torch turns a failed write into a RuntimeError
-        reason = getattr(error, "strerror", None) or getattr(error.__context__, "strerror", None) or error
-        old = "the file of that name is as it was" if os.path.exists(path) else "nothing was left there"
-        raise Problem(f"could not write {path}: {reason}; {old}. Make room, then go on", 1) from None
+    with data.atomic(path) as file:
+        torch.save(content, file)
+
+
+# what tensors, numbers and strings are made of in a pickle; the rest of what torch allows could fill the memory
+PLAIN = re.compile(r"collections OrderedDict|torch Size|torch \w+Storage|torch\.storage UntypedStorage|torch\._utils "
+                   r"_rebuild_(tensor(_v2)?|parameter)|torch\.nn\.parameter Parameter")
 
 
 def unpickle(path: str | os.PathLike) -> object:
-    """What `torch.save` wrote, on the CPU, or None if it is damaged. Runs no code of the file; raises `Problem`."""
+    """What `torch.save` wrote, on the CPU, or None if it is damaged. Runs no code of the file; raises `Problem`.
+
+    Takes no more memory than the file is long.
+    """
     try:
-        open(path, "rb").close()
+        file = open(path, "rb")
     except OSError as error:
         raise Problem(f"{path}: {error.strerror}") from None
-    try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as file:
-                # torch compresses nothing; a small compressed file could fill the memory
-                if sum(part.file_size for part in file.infolist()) > os.path.getsize(path) or file.testzip():
+    with file:
+        try:
+            if zipfile.is_zipfile(file):
+                archive, size = zipfile.ZipFile(file), file.seek(-22, os.SEEK_END) + 22
+                parts = archive.infolist()
+                # torch compresses nothing, gives no attributes, begins with a part and ends with the directory of all
+                if file.read(4) != b"PK\5\6" or min(part.header_offset for part in parts) or any(
+                        part.external_attr for part in parts) or sum(part.file_size for part in parts) > size \
+                        or archive.testzip():
                     return None
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # torch raises whatever the bytes lead it to
-        return None
+                pickles = [archive.read(name) for name in archive.namelist() if name.endswith("/data.pkl")]
+            else:
+                pickles = [file] * 4  # a number, the format, the system, the content
+                file.seek(0)
+            others = {argument for part in pickles for opcode, argument, _ in pickletools.genops(part)
+                      if "GLOBAL" in opcode.name and not PLAIN.fullmatch(str(argument))}
+            if not others:
+                return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception:  # zipfile, pickletools and torch raise whatever the bytes lead them to
+            return None
+    raise Problem(f"{path} holds more than tensors, numbers and strings, which alone are read: {data.listed(others)}")
 
 
 def read(path: str | os.PathLike) -> dict:
@@ -1199,8 +1256,8 @@ class Settings:
 class Output(AbstractContextManager):
     """The files of one run: the checkpoint `path`, its log `path`.jsonl, while it trains `path`.state, `path`.tokens.
 
-    In a `with` block the run holds a lock on the log, which the kernel releases if the process dies. Nothing that was
-    there is touched before `begin`. Only rank 0 reads and writes these files, except for the tokens. A symbolic link
+    In a `with` block the run holds a lock on the log, which the kernel releases if the process dies. What an earlier run
+    left stays as it was until the first step. Only rank 0 reads and writes these files, except for the tokens. A symbolic link
     stands for the file that it leads to.
 
     Raises `Problem` if the run could not write, if another run is writing, or if a file would be overwritten that is
@@ -1212,6 +1269,7 @@ class Output(AbstractContextManager):
         self.state_path, self.log_path = f"{self.path}.state", f"{self.path}.jsonl"
         self.tokens_path = f"{self.path}.tokens"
         self.restart, self.log = restart, None
+        self.earlier: int | None = None  # until the first step of a new run: the size of an earlier run's log
         if rank() > 0:
             return
         if os.path.isfile(self.path):
@@ -1261,10 +1319,20 @@ class Output(AbstractContextManager):
         return state
 
     def begin(self, log_size: int | None) -> None:
-        """Cut the log back to the size that a state names; None empties it and discards an earlier run's state."""
-        self.log.truncate(min(log_size or 0, os.path.getsize(self.log_path)))
-        if log_size is None and os.path.exists(self.state_path):
-            os.remove(self.state_path)
+        """Cut the log back to the size that a state names; with None the run is new."""
+        size = os.path.getsize(self.log_path)
+        if log_size is None:
+            self.earlier = size
+        else:
+            self.log.truncate(min(log_size, size))
+
+    def discard_earlier(self) -> None:
+        """Remove the lines of the log and the state that an earlier run left."""
+        own = Path(self.log_path).read_bytes()[self.earlier:]
+        self.log.truncate(0)
+        self.log.write(own)
+        Path(self.state_path).unlink(missing_ok=True)
+        self.earlier = None
 
     def record(self, **values: float) -> None:
         """Write a line of the log. Raises `Problem` if that fails, and on all ranks if a value is not finite."""
@@ -1281,9 +1349,9 @@ class Output(AbstractContextManager):
             raise Problem(f"could not write {self.log_path}: {error.strerror}. Make room", 1) from None
 
     def finish(self, content: dict) -> None:
-        """Write the checkpoint, then remove the state and the tokens."""
+        """Write the checkpoint, then remove the state."""
         write(self.path, content)
-        for path in (self.state_path, f"{self.state_path}.tmp", self.tokens_path):
+        for path in (self.state_path, f"{self.state_path}.tmp"):
             Path(path).unlink(missing_ok=True)
 
 
@@ -1436,6 +1504,8 @@ class Trainer:
                     self.window.append(self.stepper(batch))
                     self.step += 1
                     self.tokens += batch.tokens
+                    if self.output.earlier is not None:
+                        self.output.discard_earlier()
 
                     if bar.update():  # the bar was drawn: wait for the GPU only then
                         loss, correct, count = self.window[-1].tolist()
@@ -1452,6 +1522,7 @@ class Trainer:
                 self.objective.load_state_dict(self.best)
                 if rank() == 0:
                     self.output.finish(checkpoint(self.objective))
+                Path(self.output.tokens_path).unlink(missing_ok=True)  # each host has its own
             except BaseException as error:  # all that can end a run
                 raise self.save_after(error) from error
         return self.metrics
@@ -1491,7 +1562,10 @@ class Trainer:
         """Save the state on rank 0; returns a `Problem` that says what went wrong and where the state is."""
         problem, state = explain(error), self.output.state_path
         message = f"{problem.message} at step {self.step:,} of {self.steps:,}"
-        if rank() == 0:
+        if not self.step and (self.output.earlier or self.output.earlier == 0 and os.path.exists(state)):
+            self.output.log.truncate(self.output.earlier)
+            message += ": what an earlier run left there is as it was"
+        elif rank() == 0:
             advice = f"the same command{' without --restart' if self.output.restart else ''} goes on from it"
             if "-" in self.settings.files.values():
                 advice = "it serves as a checkpoint; what was read from a pipe cannot be read again to go on from it"
@@ -1555,7 +1629,7 @@ class Trainer:
             if state:
                 self.load_state_dict(state)
             self.output.begin(state["log"] if state else None)
-        state = broadcast(state)
+        state = broadcast_state(state)
         if state:
             if rank() > 0:
                 self.load_state_dict(state)
@@ -1592,7 +1666,7 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "linux":  # where ru_maxrss begins with that of the parent
-        return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+        return int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

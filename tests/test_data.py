@@ -169,15 +169,32 @@ def test_files_that_are_refused(tmp_path, content, message):
 
 
 def test_a_file_that_changes_while_it_is_read(tmp_path):
-    """In the middle of a pass, and before one of which the first record alone is wanted."""
-    corpus = Corpus(data.find_sources([write_lines(tmp_path / "c.jsonl", [A, B, C])]))
+    """In the middle of a pass, and before one of which the first record alone is wanted; not if it is only touched."""
+    path = write_lines(tmp_path / "c.jsonl", [A, B, C])
+    corpus = Corpus(data.find_sources([path]))
     texts = corpus.texts()
     assert next(texts) == next(corpus.select(np.array([0]))) == a[0]
-    os.utime(tmp_path / "c.jsonl", (1, 1))
+    os.utime(path, (1, 1))
+    assert len(list(corpus.texts())) == 3
+    write_lines(path, [A, B, C.swapcase()])
     for texts in (texts, corpus.select(np.array([0]))):
         with pytest.raises(Problem, match="c.jsonl changed while it was being read") as caught:
             list(texts)
         assert caught.value.exit_code == 1
+
+
+def test_a_byte_of_a_large_file_that_changes(tmp_path):
+    """Its mark reads little of it and may be the same, but a pass over all of it finds out."""
+    path = write_lines(tmp_path / "c.jsonl", [{"code": f"{i:09}" * 1000} for i in range(700)])
+    corpus = Corpus(data.find_sources([path]))
+    content = bytearray(open(path, "rb").read())
+    for place in (3_050_000, 100_000):
+        content[place] = ord("x")
+        open(path, "wb").write(content)
+        assert (data.open_source(path).mark == corpus.sources[0].mark) == (place == 3_050_000)
+        with pytest.raises(Problem, match="c.jsonl changed while it was being read"):
+            list(corpus.texts())
+        assert Corpus(data.find_sources([path])).checksum != corpus.checksum
 
 
 def test_limit_fields_and_bad_lines(tmp_path):
@@ -398,7 +415,7 @@ def test_only_the_very_same_store_is_used_again(tokenizer, on_disk):
     for change in (dict(tokenizer=data.Tokenizer(foreign(*SPECIALS))), dict(ctx=17), dict(whole=True),
                    *(dict(wanted=np.array(items)) for items in ([0, 1], [2], [0, 1, 2]))):
         assert built(**change) and built()
-    for name, value in dict(sources=[Source("texts", "texts", "2")], labels=["a"], reading={"a": 1}).items():
+    for name, value in dict(checksum=2, labels=["a"], reading={"a": 1}).items():
         setattr(texts, name, value)
         assert built() and not built()
 
@@ -625,7 +642,7 @@ def test_source_trees(tmp_path, capsys):
         ("latin.py", "python", None): "def f(): return 'é'",
         ("?.py", "python", "?"): "def f():\n    return 1"}
     said = capsys.readouterr().err
-    assert "6 records; 1 exact duplicates dropped" in said and "12 source files" in said
+    assert "6 records; 1 exact duplicate dropped" in said and "12 source files" in said
     for part in ("over 1.0 MB (big.js)", "not text in UTF-8 or its declared encoding (bad.c)", "empty (empty.rs)",
                  "NUL characters (wide.kts)", "XML (german.ts)"):
         assert f"1 left out: {part}" in said
@@ -637,7 +654,7 @@ def test_corpus_command(tmp_path):
     (tmp_path / "d").mkdir()
     source, target = tmp_path / "m.py", tmp_path / "c.jsonl"
     for options in ([], ["-o", target], ["-o", target]):
-        says(0, "1 records", "corpus", source, *options)
+        says(0, "1 record;", "corpus", source, *options)
     assert read([target]) == [("", "def f(): return 1")] and target.read_text() in cli("corpus", source)[1]
     for path, output, message in ((source, source, "exists and is no corpus"), ("none", "c", "none: no such file"),
                                   ("d", "d", "d is a folder"), ("d", "c", "d: no source files; known are .c .h")):

@@ -42,7 +42,7 @@ def odd_files(small, functions):
     ("long.jsonl --max-line 2", "long.jsonl:1: a line of more than 2.0 MB (--max-line"),
     ("nowhere.jsonl", "nowhere.jsonl: no such file"), ("*.nothing", "*.nothing: no such file"),
     ("empty.jsonl blank.jsonl", "empty.jsonl, blank.jsonl: no records"),
-    ("bad.jsonl --skip-bad", "1 bad lines is bad.jsonl:1: not JSON"),
+    ("bad.jsonl --skip-bad", "1 bad line passed over; the last is bad.jsonl:1: not JSON"),
     ("small.jsonl third.jsonl", "third.jsonl:3: not JSON"), ("d", "d: no file of JSON lines"),
     ("small.jsonl --code-field body", 'small.jsonl:1: no field "body"; the fields seen are: code, name'),
     ("small.jsonl --text-field note", 'no record has the field "note"'),
@@ -60,7 +60,7 @@ def odd_files(small, functions):
     ("small.jsonl --tokenizer maskless.json", "maskless.json has no mask token"),
     ("small.jsonl --vocab 100", "--vocab 100 is too small"), ("--vocab 300 --tokenizer t.json", "not both"),
     ("--epochs 1", "not both"), ("--lr nan", "--lr nan"), ("--lr 0", "'--lr'"), ("--ctx 7", "'--ctx'"),
-    ("--steps 0", "'--steps'"), (f"--seed {2**64}", "'--seed'"), (f"--vocab {10**20}", "'--vocab'"),
+    ("--steps 0", "'--steps'"), ("--steps " + 400 * "9", "'--steps'"), (f"--seed {2**64}", "'--seed'"), (f"--vocab {10**20}", "'--vocab'"),
     ("--kernels 3", "3 cannot share 128 channels"), ("--kernels 2 --model codef", "codef has no S4D kernels"),
     ("--size huge", "'--size'"), ("--no-such-option", "No such option"), ("--device meta", "no such device"),
     ("--device cuda:77", "no such device"), ("--device abacus", "no such device")])
@@ -70,7 +70,7 @@ def test_what_is_refused(odd_files, args, message):
 
 def test_small_and_partly_bad_corpora(odd_files):
     for args, code, message in (("few.jsonl", 0, "valid  1 examples"), ("mute.jsonl --seed 1", 2, "nothing to predict"),
-                                ("small.jsonl third.jsonl --skip-bad", 0, "1 bad lines passed over")):
+                                ("small.jsonl third.jsonl --skip-bad", 0, "1 bad line passed over")):
         says(code, message, "pretrain", *args.split(), *TINY, "--steps", 1, "--restart")
 
 
@@ -85,9 +85,14 @@ def test_files_of_earlier_runs(small):
 
 def test_what_runs_in_one_process(small, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    code, said = cli("corpus", small)
-    assert code == 2 and "corpus runs in one process" in said
+    says(2, "corpus runs in one process", "corpus", small)
+    for number in ("", "2", "x"):
+        monkeypatch.setenv("RANK", number)
+        assert f"RANK={number} and WORLD_SIZE=2" in refused(small)
+    monkeypatch.setenv("RANK", "1")
     assert "could not reach each other" in refused(small, code=1)
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    assert cli("corpus", small) == cli("no-such-command") == (2, "")  # rank 0 says it
 
 
 def test_training_that_goes_wrong(small, monkeypatch):
@@ -100,7 +105,7 @@ def test_training_that_goes_wrong(small, monkeypatch):
 
 
 @pytest.mark.parametrize("what, size, message", [
-    ("log", 10, "could not write model.pt.jsonl: No space left"), ("input", 10**3, "no room to keep standard input"),
+    ("log", 10, "could not write model.pt.jsonl: File too large"), ("input", 10**3, "no room to keep standard input"),
     ("tokens", 10**3, "could not write model.pt.tokens: File too large"),
     ("state", 10**6, "could not write model.pt.state: File too large"),
     ("checkpoint", 10**6, "could not write model.pt: File too large")])
@@ -108,7 +113,7 @@ def test_a_disk_that_fills_up(small, monkeypatch, what, size, message):
     """The checkpoint of an earlier run stays whole. (The limit binds pytest's own files too, for so long.)"""
     command, lines = ["pretrain", "-" if what == "input" else small, *TINY, "--steps", 3], open(small, "rb").read()
     assert cli(*command, input=lines)[0] == 0
-    old = open("model.pt", "rb").read()
+    old, log = open("model.pt", "rb").read(), open("model.pt.jsonl").read()
     monkeypatch.setattr(tasks, "SAVE_SECONDS", 0 if what == "state" else 999)
     monkeypatch.setattr(data, "IN_MEMORY", 0 if what == "tokens" else 2**30)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -120,7 +125,24 @@ def test_a_disk_that_fills_up(small, monkeypatch, what, size, message):
     assert code == 1 and message in said and "Traceback" not in said
     assert open("model.pt", "rb").read() == old and codessm.load("model.pt")
     assert set(os.listdir()) <= {"model.pt", "model.pt.jsonl", "small.jsonl"}
-    assert what != "log" or not os.path.exists("model.pt.jsonl")  # (no part of a line stays, so nothing)
+    assert what not in ("log", "input", "tokens") or open("model.pt.jsonl").read() == log  # until the first step
+
+
+def test_output_that_cannot_be_written_is_named(small):
+    assert cli("pretrain", small, *TINY, "--steps", 1)[0] == cli("corpus", data.__file__, "-o", "c.jsonl")[0] == 0
+    write_lines("train.jsonl", [{"code": f"x = {i}", "label": i % 2} for i in range(20)])
+    os.link("train.jsonl", "valid.jsonl")
+    assert cli("finetune", "classify", "--data", ".", "--ckpt", "model.pt", "--epochs", 1)[0] == 0
+    evaluate = "evaluate", "classify", "--data", ".", "--ckpt", "classify.pt", "--split", "valid"
+    before, limits = files(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, limits[1]))
+    try:
+        found = [cli("corpus", data.__file__, "-o", "c.jsonl"), cli(*evaluate, "--predictions", "p.txt")]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    for (code, said), name in zip(found, ("c.jsonl", "p.txt"), strict=True):
+        assert code == 1 and f"Error: could not write {name}: File too large" in said, said
+    assert files() == before
 
 
 def test_standard_input_cannot_be_resumed(small):

@@ -1,4 +1,5 @@
 """Faults, kills and strangers' files: what is said, and what is still on the disk."""
+import base64
 import bz2
 import gzip
 import io
@@ -126,7 +127,7 @@ def test_steps_without_a_number_change_nothing_and_twenty_in_a_row_end_the_run(s
 
 
 def test_a_corpus_that_changes_under_a_run(undisturbed, small, quick):
-    """While it trains that does no harm, but no state goes on with another corpus."""
+    """While it trains that does no harm, but no state goes on with another corpus, of whatever time it is."""
     def cut(*_):
         os.truncate(small, 9000)  # in the midst of a line
 
@@ -137,7 +138,36 @@ def test_a_corpus_that_changes_under_a_run(undisturbed, small, quick):
     with before_call(tasks.Stepper, "step", 3, throw(Panic())):
         assert cli(*RUN)[0] == 1
     os.utime(small, (1, 1))
-    says(2, ["model.pt.state", "small.jsonl", "--restart"], *RUN)
+    assert "going on from step 2" in check_goes_on(undisturbed)
+    with before_call(tasks.Stepper, "step", 3, throw(Panic())):
+        assert cli(*RUN)[0] == 1
+    open(small, "wb").write(whole.replace(b"self", b"Self", 1))
+    says(2, ["model.pt.state", "small.jsonl", "lines CRC", "--restart"], *RUN)
+
+
+def test_a_restart_that_fails_before_its_first_step_leaves_what_was_there(small, quick):
+    """A finished run's files, then an unfinished one's too. From the first step on it replaces them."""
+    assert cli(*RUN)[0] == 0
+    for names in ({"model.pt", "model.pt.jsonl"}, {"model.pt", "model.pt.jsonl", "model.pt.state"}):
+        before = {name: open(name, "rb").read() for name in names}
+        for function in ((tasks, "evaluate"), (tasks.Stepper, "step")):
+            with before_call(*function, 1, throw(MemoryError())):
+                says(1, "what an earlier run left there is as it was", *RUN, "--seed", 1, "--restart")
+            assert {name: open(name, "rb").read() for name in {*os.listdir()} - {"small.jsonl"}} == before
+        with before_call(tasks.Stepper, "step", 2, throw(MemoryError())):
+            says(1, "the state is saved", *RUN, "--seed", 1, "--restart")
+        assert tasks.read("model.pt.state")["step"] == 1 and len(open("model.pt.jsonl").readlines()) == 2
+    says(0, "going on from step 1", *RUN, "--seed", 1)
+
+
+def test_the_training_of_a_tokenizer_stops_at_once(small):
+    def act(*_):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+
+    with before_call(data.Corpus, "strings", 5, act) as calls:
+        assert cli(*RUN)[0] == 130
+    assert len(calls) < 30 and os.listdir() == ["small.jsonl"]
 
 
 # ---- kills ------------------------------------------------------------------------------------------
@@ -251,9 +281,18 @@ def compressed(content):
     return packed.getvalue()
 
 
+def with_attribute(content):
+    """A zip archive whose last member is marked as a folder, which torch would not read."""
+    at = content.rindex(b"PK\1\2") + 38
+    return content[:at] + b"\x10" + content[at + 1:]
+
+
 class Evil:
+    def __init__(self, function=os.mkdir, argument="ran"):
+        self.call = function, (argument,)
+
     def __reduce__(self):
-        return os.mkdir, ("ran",)
+        return self.call
 
 
 def damages(content):
@@ -261,6 +300,8 @@ def damages(content):
     rng = random.Random(0)
     return {"text": b"hello", "empty": b"", "list": pickled([1]), "no format": pickled({"weights": {}}),
             "code": pickled({"format": tasks.FORMAT, "weights": Evil()}), "bomb": compressed(content),
+            "memory": pickled({"format": tasks.FORMAT, "weights": Evil(bytearray, 2**40)}),
+            "appended": content + b"x", "prepended": b"x" + content, "a folder": with_attribute(content),
             **{f"cut at {cut}": content[:cut] for cut in (100, len(content) // 2, -5000, -1)},
             **{f"flip {i}": flipped(content, rng) for i in range(10)}}
 
@@ -287,7 +328,8 @@ def test_damaged_checkpoints_and_states_are_refused_and_run_no_code(unfinished, 
             for args in commands:
                 code, said = cli(*args)
                 assert code == 2 and said.count("Error: ") == 1 == len(said.splitlines()), (name, args, said)
-                assert path in said and "whole" in said and set(os.listdir()) == before, (name, args, said)
+                assert path in said and set(os.listdir()) == before, (name, args, said)
+                assert ("holds more than" if name in ("code", "memory") else "whole") in said, (name, args, said)
     open("model.pt.state", "wb").write(state)
     assert cli(*unfinished)[0] == 0
 
@@ -428,6 +470,27 @@ def test_mutated_files_are_read_or_refused(functions, corpus, tokenizer, make_ca
             counts[1] += 1
         (tmp_path / name).write_bytes(files[name])
     assert min(counts) > 300 and sum(counts) > 1000, counts
+
+
+def test_tokenizers_that_multiply_or_give_up_are_refused(small, tokenizer, capfd):
+    """Before memory is taken; a text that the regex gives up on is named."""
+    def replace(pattern, content):
+        return {"type": "Replace", "pattern": pattern, "content": content}
+
+    def charsmap(replacement):
+        return {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(bytes(4) + replacement).decode()}
+
+    thrice = {"type": "Sequence", "normalizers": [replace({"String": "e"}, "e" * 10)] * 3}
+    write_lines("slow.jsonl", [*open(small), {"code": "y = 'x" + "a" * 40 + "c'"}])
+    for normalizer, message in (
+            (replace({"String": "e"}, "e" * 200), "make a text 201 times as long"), (thrice, "1,331 times as long"),
+            (replace({"Regex": "x*"}, "e" * 100), "101 times"), (charsmap(b"b\0" + b"a" * 500 + b"\0"), "500 times"),
+            (replace({"Regex": "(?:(a+)+)+$|b"}, "c"), "t.json cannot encode a text that begins with \"y = 'xaaaa"),
+            (replace({"String": "``" * 60}, "'" * 100), None)):
+        write_lines("t.json", [json.loads(tokenizer.text) | {"normalizer": normalizer}])
+        says(2 if message else 0, message or "2 steps", *RUN[:1], "slow.jsonl", "--tokenizer", "t.json", "--size", "tiny",
+             "--steps", 2, "-o", "x.pt")
+        assert "panicked" not in capfd.readouterr().err
 
 
 def test_a_disk_without_room_is_found_before_the_first_step(small, quick, monkeypatch):

@@ -380,7 +380,7 @@ def test_predict_leaves_bad_lines_out_where_it_is_asked_to(toys, tmp_path):
     path = write_lines(tmp_path / "in.jsonl", [{"code": "x = 1", "n": 1}, {"code": " "}, "{", {"code": "y", "n": 2}])
     command = "predict", "--ckpt", toys / "classify.pt", path
     says(2, "in.jsonl:2: the text or code is empty", *command)
-    says(0, "2 bad lines are left out; the last is", *command, "--skip-bad")
+    says(0, "2 bad lines passed over; the last is", *command, "--skip-bad")
     assert [row["n"] for row in printed(*command, "--skip-bad")] == [1, 2]
 
 

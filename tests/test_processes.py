@@ -1,10 +1,14 @@
 """Several gloo processes against one, killed workers, signals and bad data."""
+import copy
 import json
+import json.decoder
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import types
 from functools import partial
 
@@ -85,7 +89,27 @@ def work(folder, tokenizer):
         case.objective.norm.weight.register_hook(lambda gradient: gradient * float("nan"))
     sums = stepper(case.train[1])
     found["skipped"] = data.all_gather((sums.isnan().all().item(), all(map(torch.equal, before, changing))))
+    found["resumed"] = resumed(folder, tokenizer)
     return found
+
+
+def resumed(folder, tokenizer):
+    """Whether six steps, and three after three others in a new `Stepper`, end with the same weights, bit for bit."""
+    ends, state = [], {}
+    for start in (0, 3):
+        case = read_case(folder / "mlm", "mlm", tokenizer, ctx=40, batch=6, seed=3)
+        optimizer = tasks.adamw(case.objective, 1e-3)
+        if start:
+            case.objective.load_state_dict(state["weights"])
+            optimizer.load_state_dict(state["optimizer"])
+        stepper = tasks.Stepper(case.objective, optimizer)
+        for number in range(start, 6):
+            if number == 3 and not start:
+                mine = {"weights": case.objective.state_dict(), "optimizer": optimizer.state_dict()}
+                state = copy.deepcopy(tasks.broadcast_state(mine if data.rank() == 0 else None))
+            stepper(case.train[number])
+        ends.append(case.objective.state_dict())
+    return data.all_gather(same(*ends))
 
 
 @pytest.fixture(scope="module")
@@ -108,11 +132,35 @@ def test_processes_compute_what_one_does(alone, cases, tokenizer, count, tmp_pat
     """Steps of each objective, uneven evaluation shares, broadcasts and skipped steps."""
     assert ended(launch(count, several, tmp_path / "found.pt", cases, tokenizer.text)) == [0] * count
     found = torch.load(tmp_path / "found.pt", weights_only=False)
-    for key in [key for key in alone if key != "skipped"]:
+    for key in [key for key in alone if key not in ("skipped", "resumed")]:
         for name, *sides in zip(("sums", "weights", "metrics", "outputs"), alone[key], found[key]):
             smallest = {"metrics": 0, "weights": 1e-5}.get(name, 1e-6)
             torch.testing.assert_close(*sides, rtol=1e-5, atol=smallest, msg=lambda text: f"{key} {name}: {text}")
     assert found["skipped"] == [(True, True)] * count and alone["skipped"] == [(True, True)]
+    assert found["resumed"] == [True] * count and alone["resumed"] == [True]
+
+
+def host(folders, *args):
+    """A run as the one process of a host that has a folder and a standard library of its own."""
+    folder = folders[int(os.environ["RANK"])]
+    os.environ["LOCAL_RANK"], data.STANDARD_LIBRARY = "0", str(folder / "lib")
+    command(folder, *args)
+
+
+def test_each_host_makes_its_own_standard_library(tmp_path):
+    """Where that differs from the first host's, the run stops."""
+    folders = [tmp_path / name for name in ("host1", "host2")]
+    for folder in folders:
+        (folder / "lib").mkdir(parents=True)
+        shutil.copy(json.decoder.__file__, folder / "lib")
+        shutil.copy(textwrap.__file__, folder / "lib")
+    run = "pretrain", *TINY, "--steps", 2
+    assert ended(launch(2, host, folders, *run)) == [0, 0], (folders[0] / "0.txt").read_text()
+    assert set(os.listdir(folders[1])) == {"lib", "1.txt"}  # not its tokens either
+    with open(folders[1] / "lib" / "textwrap.py", "a") as file:
+        file.write("\ndef more():\n    return 1\n")
+    assert ended(launch(2, host, folders, *run, "--restart")) == [1, 1]
+    assert "or is not that of rank 0" in (folders[1] / "1.txt").read_text()
 
 
 # ---- nothing lost -----------------------------------------------------------------------------------
