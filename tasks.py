@@ -1256,9 +1256,9 @@ class Settings:
 class Output(AbstractContextManager):
     """The files of one run: the checkpoint `path`, its log `path`.jsonl, while it trains `path`.state, `path`.tokens.
 
-    In a `with` block the run holds a lock on the log, which the kernel releases if the process dies. What an earlier run
-    left stays as it was until the first step. Only rank 0 reads and writes these files, except for the tokens. A symbolic link
-    stands for the file that it leads to.
+    In a `with` block the run holds a lock on the log, which the kernel releases if the process dies. What an earlier
+    run left stays as it was until the first step. Only rank 0 reads and writes these files, except for the tokens. A
+    symbolic link stands for the file that it leads to.
 
     Raises `Problem` if the run could not write, if another run is writing, or if a file would be overwritten that is
     not an earlier run's, or a finished one's without `restart`.

@@ -60,7 +60,8 @@ def odd_files(small, functions):
     ("small.jsonl --tokenizer maskless.json", "maskless.json has no mask token"),
     ("small.jsonl --vocab 100", "--vocab 100 is too small"), ("--vocab 300 --tokenizer t.json", "not both"),
     ("--epochs 1", "not both"), ("--lr nan", "--lr nan"), ("--lr 0", "'--lr'"), ("--ctx 7", "'--ctx'"),
-    ("--steps 0", "'--steps'"), ("--steps " + 400 * "9", "'--steps'"), (f"--seed {2**64}", "'--seed'"), (f"--vocab {10**20}", "'--vocab'"),
+    ("--steps 0", "'--steps'"), ("--steps " + 400 * "9", "'--steps'"),
+    (f"--seed {2**64}", "'--seed'"), (f"--vocab {10**20}", "'--vocab'"),
     ("--kernels 3", "3 cannot share 128 channels"), ("--kernels 2 --model codef", "codef has no S4D kernels"),
     ("--size huge", "'--size'"), ("--no-such-option", "No such option"), ("--device meta", "no such device"),
     ("--device cuda:77", "no such device"), ("--device abacus", "no such device")])

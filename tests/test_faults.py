@@ -254,6 +254,39 @@ def test_streams_that_are_full_or_gone(small, tmp_path):
     assert ended.returncode == 0 and not [*(tmp_path / "temporary").glob("codessm*")]
 
 
+class Failing(io.StringIO):
+    """A stream whose writes fail from the n-th on, which counts them."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.left = n
+
+    def write(self, text):
+        self.left -= 1
+        if self.left <= 0:
+            raise BrokenPipeError(32, "Broken pipe")
+        return super().write(text)
+
+
+def test_standard_error_that_fails_at_any_write_ends_no_run_and_loses_nothing(undisturbed, small, quick):
+    """From the n-th write on, those of a signal's handler included; the run is interrupted at step 9, and goes on."""
+    def interrupted(stream, write=os.write):
+        with pytest.MonkeyPatch.context() as patch, before_call(tasks.Stepper, "step", 9, send(signal.SIGINT)), \
+                pytest.raises(SystemExit) as end:
+            patch.setattr(sys, "stderr", stream)
+            patch.setattr(os, "write", write)
+            codessm.cli([str(arg) for arg in RUN])
+        assert end.value.code == 130 and tasks.read("model.pt.state")["step"] == 9
+
+    interrupted(whole := Failing(10**6))
+    count = 10**6 - whole.left
+    assert count > 15 and "interrupted at step 9" in whole.getvalue()
+    check_goes_on(undisturbed)
+    for n in sorted({1, 2, count, *np.linspace(1, count, 8).astype(int)}):
+        interrupted(Failing(n), throw(BrokenPipeError(32, "Broken pipe")))
+        check_goes_on(undisturbed)
+
+
 # ---- damaged files ----------------------------------------------------------------------------------
 
 def pickled(content):
@@ -488,7 +521,7 @@ def test_tokenizers_that_multiply_or_give_up_are_refused(small, tokenizer, capfd
             (replace({"Regex": "(?:(a+)+)+$|b"}, "c"), "t.json cannot encode a text that begins with \"y = 'xaaaa"),
             (replace({"String": "``" * 60}, "'" * 100), None)):
         write_lines("t.json", [json.loads(tokenizer.text) | {"normalizer": normalizer}])
-        says(2 if message else 0, message or "2 steps", *RUN[:1], "slow.jsonl", "--tokenizer", "t.json", "--size", "tiny",
+        says(2 if message else 0, message or "2 steps", "pretrain", "slow.jsonl", "--tokenizer", "t.json", *TINY[:2],
              "--steps", 2, "-o", "x.pt")
         assert "panicked" not in capfd.readouterr().err
 
