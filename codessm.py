@@ -16,20 +16,24 @@ CodeSSM (Verma et al. 2025, arXiv 2505.01475). Shapes and symbols:
 
 Complex numbers are stored as pairs of reals; complex arithmetic is used only to make kernels.
 """
+import os
+import signal
+import sys
+
+# Ctrl-C during the imports, which are slow, ends our program (not one that imports this module) without a traceback
+IS_PROGRAM = os.path.splitext(os.path.basename(sys.argv[0]))[0] == "codessm"
+if IS_PROGRAM and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import importlib.util
 import itertools
 import json
 import math
-import os
-import signal
-import sys
 import time
 import zlib
 from collections import Counter
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple, Sequence
-
-IS_PROGRAM = Path(sys.argv[0]).stem == "codessm"  # ours, and not one that imports this module
 
 # a file of the same name in the user's folder would shadow one of our flat modules
 for name in ("data", "tasks"):
@@ -44,10 +48,6 @@ for name in ("data", "tasks"):
 
 # idle threads sleep instead of spinning, which beside one other busy process makes two threads five times slower
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-# Ctrl-C during the slow imports below ends our program without a traceback
-if IS_PROGRAM and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import click
 import numpy as np
@@ -899,13 +899,11 @@ class Commands(click.Group):
         def interrupt(number, _frame):
             raise tasks.Interrupt(number)
 
-        # (those that are ignored stay so: nohup ignores SIGHUP)
-        before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-                  if signal.getsignal(number) is not signal.SIG_IGN}
         try:
-            result = super().invoke(ctx)
-            data.all_gather(None)  # no rank leaves before all have finished
-            return result
+            with tasks.handle_signals(interrupt):
+                result = super().invoke(ctx)
+                data.all_gather(None)  # no rank leaves before all have finished
+                return result
         except (click.exceptions.Exit, click.Abort, BrokenPipeError, SystemExit):
             raise
         except BaseException as error:
@@ -920,9 +918,6 @@ class Commands(click.Group):
                 error.show = lambda *_: time.sleep(2)  # rank 0 shows the same, unless torchrun ends it for our end
             tasks.tell_torchrun(error.message)
             raise error from None
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
@@ -1083,7 +1078,7 @@ def fit(settings: Settings) -> None:
                               ctx=ctx)
         objective = tasks.OBJECTIVES[data.TASKS[settings.task].kind](encoder, tokenizer, settings.task, dataset.labels,
                                                                      ctx, seed)
-        copied = init.copy_to(objective) if init and not state else ""
+        copied = init.copy_to(objective, settings.tokenizer is None) if init and not state else ""
         del pretrained, init  # frees their memory
         objective = objective.to(device)
         compiled = tasks.compile_objective(objective, settings.compiled, tasks.compiling_pays(train, settings.steps))

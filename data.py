@@ -155,8 +155,8 @@ def atomic(path: str | os.PathLike) -> Iterator[BinaryIO]:
         cause = error.__context__ if type(error) is RuntimeError else error  # torch turns a failed write into one
         if isinstance(cause, OSError) and cause.filename in (None, temporary):
             left = "the file of that name is as it was" if os.path.exists(path) else "nothing was left there"
-            advice = {errno.EFBIG: ". Raise `ulimit -f`, then go on", errno.ENOSPC: ". Make room, then go on"}
-            raise Problem(f"could not write {name}: {cause.strerror}; {left}{advice.get(cause.errno, '')}", 1) from None
+            limit = " for `ulimit -f`" * (cause.errno == errno.EFBIG)
+            raise Problem(f"could not write {name}: {cause.strerror}{limit}; {left}", 1) from None
         raise
     directory = os.open(os.path.dirname(path), os.O_RDONLY)
     os.fsync(directory)
@@ -173,6 +173,8 @@ def check_writable(path: str | os.PathLike, option: str = "-o") -> None:
         raise Problem(f"cannot write {path}: there is no folder {folder}")
     try:
         tempfile.TemporaryFile(dir=folder).close()
+        with suppress(FileNotFoundError):
+            os.lstat(f"{os.path.realpath(path)}.state.tmp")  # the longest name that is written beside it
     except OSError as error:
         raise Problem(f"cannot write {path}: {error.strerror}") from None
 
@@ -237,6 +239,8 @@ class Source(NamedTuple):
                 start = stream.peek(6)[:6]
                 if start.startswith(ZSTD):
                     raise Problem(f"{self.name} is compressed by zstd, which is not read here: `zstd -d` unpacks it")
+                if start.startswith(b"PAR1"):
+                    raise parquet(self.name)
                 for magic, library in COMPRESSED.items():
                     if start.startswith(magic):
                         stream = library.open(stream, "rb")
@@ -334,6 +338,8 @@ def find_sources(paths: Iterable[str]) -> list[Source]:
             files = filter(JSON_LINES.fullmatch, walk(match)) if folder else [match]
             found += [file for file in files if exists and not folder or not is_log(file)]
         if not found:
+            if file := next(filter(None, map(find_parquet, matches)), None):
+                raise parquet(file)
             sources = os.path.isdir(path) and any(source_files([path]))
             raise Problem(f"{path}: no file of JSON lines (.jsonl, .jsonlines, .json, compressed or in a .zip)"
                           + (f"; `codessm corpus {path} -o corpus.jsonl` makes one of the source files" if sources else
@@ -352,6 +358,20 @@ def members(source: Source) -> list[Source]:
     if not names:
         raise Problem(f"{source.name}: no file of JSON lines in this archive")
     return [source._replace(name=f"{source.name}/{name}", member=name) for name in names]
+
+
+def parquet(path: str | os.PathLike) -> Problem:
+    """The error of a Parquet file, with the line that exports it: of CoIR's relevance judgements a table, else JSONL."""
+    name = re.split(r"-\d{5}-of-|\.parquet$", os.path.basename(path))[0]  # corpus-00000-of-00001-1a2b.parquet
+    out = f"to_csv('qrels/{name}.tsv', sep='\\t', index=False)" if "qrels" in os.path.abspath(path) else \
+        f"to_json('{name}.jsonl', orient='records', lines=True)"
+    return Problem(f"{path} is Parquet, which is not read here: "
+                   f"`python -c \"import pandas; pandas.read_parquet('{path}').{out}\"` exports it")
+
+
+def find_parquet(folder: str | os.PathLike) -> str | None:
+    """The first Parquet file below a folder."""
+    return next((path for path in walk(folder) if path.lower().endswith(".parquet")), None)
 
 
 def visible(path: str) -> bool:
@@ -1376,6 +1396,8 @@ class Benchmark(Dataset):
 
     def expected(self, what: str) -> Problem:
         """The error of a benchmark that is not there, or not whole."""
+        if file := find_parquet(self.path):
+            return parquet(file)
         where = f". It is published at {self.task.published}" if self.task.published else ""
         return Problem(f"{what}; {self.name} is read from {self.task.files}, a line of JSONL being like "
                        f"{self.task.line}{where}")

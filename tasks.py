@@ -24,7 +24,7 @@ import traceback
 import warnings
 import zipfile
 from collections import Counter
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -841,23 +841,17 @@ def join_ranks() -> None:
     number, count = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
     if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
         raise Problem(f"RANK={number} and WORLD_SIZE={count} name none of several processes: start them with torchrun")
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
-    for number, handler in handlers.items():
-        if handler is not signal.SIG_IGN:
-            signal.signal(number, signal.SIG_DFL)  # ours would wait for the other processes
     try:
-        store, number, count = next(rendezvous("env://", timeout=timedelta(minutes=30)))
-        # torchrun keeps its store when it starts ranks again, and in it the addresses of those that are gone
-        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        with_gpus = torch.cuda.is_available() and dist.is_nccl_available()
-        dist.init_process_group("cpu:gloo,cuda:nccl" if with_gpus else "gloo", rank=number, world_size=count,
-                                store=store, timeout=timedelta(days=1))  # rank 0 may tokenise for hours
+        with handle_signals(signal.SIG_DFL):  # another handler would wait for the other processes
+            store, number, count = next(rendezvous("env://", timeout=timedelta(minutes=30)))
+            # torchrun keeps its store when it starts ranks again, and in it the addresses of those that are gone
+            store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            with_gpus = torch.cuda.is_available() and dist.is_nccl_available()
+            dist.init_process_group("cpu:gloo,cuda:nccl" if with_gpus else "gloo", rank=number, world_size=count,
+                                    store=store, timeout=timedelta(days=1))  # rank 0 may tokenise for hours
     except (ValueError, RuntimeError) as error:
         raise Problem(f"the {os.environ['WORLD_SIZE']} processes could not reach each other "
                       f"({str(error).splitlines()[0][:200]}): start them with torchrun", 1) from None
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 def tell_torchrun(message: str) -> None:
@@ -933,19 +927,21 @@ class Interrupt(KeyboardInterrupt):
     """A signal came; its number is the argument."""
 
 
+@contextmanager
+def handle_signals(handler: Callable | signal.Handlers) -> Iterator[None]:
+    """In a `with` block `handler` handles `SIGNALS`, but for those that are ignored, as SIGHUP is by nohup."""
+    before = {number: signal.signal(number, handler) for number in SIGNALS
+              if signal.getsignal(number) is not signal.SIG_IGN}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
 class Signals:
-    """Notes SIGINT, SIGTERM and SIGHUP in a `with` block, so that they take effect at the next `check()`."""
-
-    def __init__(self):
-        self.number = 0  # of the last signal
-
-    def __enter__(self):
-        self.before = {s: signal.signal(s, self.note) for s in SIGNALS}
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+    """Notes signals (`handle_signals(signals.note)`), so that they take effect at the next `check()`."""
+    number = 0  # of the last one
 
     def note(self, number, _frame):
         first, self.number = not self.number, number
@@ -1081,6 +1077,7 @@ BIGS_PARAMETERS = ("weight", "bias", "D", "C", "log_step", "A_re", "A_im")
 # heads and buffers that have no counterpart; the decoder's bias is cls.predictions.bias
 BIGS_UNUSED = ("embeddings.position_ids", "embeddings.token_type_ids", "pooler.", "cls.predictions.decoder.bias",
                "classifier.", "qa_outputs.")
+NESTS = ("state_dict", "model", "model_state_dict")
 BIGS_PREFIX = re.compile(r"^((module|_orig_mod|bigs)\.)+")  # of wrappers, and of the encoder in a larger model
 
 
@@ -1095,7 +1092,7 @@ class InitialWeights(NamedTuple):
 
     @staticmethod
     def read(path: str) -> "InitialWeights":
-        """Read a codessm checkpoint, or a BiGS state dict, which may lie under "state_dict" or "model".
+        """Read a codessm checkpoint, or a BiGS state dict, which may lie under one of `NESTS`.
 
         Raises `data.Problem` where the file is neither.
         """
@@ -1105,20 +1102,19 @@ class InitialWeights(NamedTuple):
                 check_tensors(content["weights"])
                 return InitialWeights(path, content["weights"], [], dict(content["config"]),
                                       Tokenizer(content["tokenizer"], path), content.get("labels"))
-            content = next((content[key] for key in ("state_dict", "model") if isinstance(content.get(key), dict)),
-                           content)
+            content = next((content[key] for key in NESTS if isinstance(content.get(key), dict)), content)
             if any(".fs4." in str(name) for name in content):
                 return InitialWeights(path, *from_bigs(path, content))
         except (TypeError, ValueError, KeyError, AttributeError, RuntimeError):
             pass
         raise Problem(f"--init {path} is neither a codessm checkpoint nor a BiGS state dict, or not a whole one")
 
-    def copy_to(self, objective: Objective) -> str:
+    def copy_to(self, objective: Objective, tokenizer_trained: bool = False) -> str:
         """Copy what fits into an objective; returns a sentence about what was taken. Raises `Problem`.
 
         A file with more layers gives its first, one with other positions those that both have, and one S4D kernel
-        serves for each of several. Embeddings are taken if the vocabulary is the same, a fine-tuned head if the labels
-        are.
+        serves for each of several. Embeddings are taken if the vocabulary is the same, which of a BiGS file, that has no
+        tokenizer, its size tells, unless the objective's was trained just now; a fine-tuned head if the labels are.
         """
         config, ours, theirs = objective.encoder.config, objective.state_dict(), self.config or dict(model="codessm")
         if not objective.encoder.same_layers(theirs["model"]):
@@ -1128,8 +1124,8 @@ class InitialWeights(NamedTuple):
         if self.labels != objective.labels:
             common = {name for name in common if not name.startswith("head.")}
         of_vocabulary = {"encoder.embedding.weight", "bias"}
-        same_vocabulary = self.tokenizer.text == objective.tokenizer.text if self.tokenizer else all(
-            len(self.weights[name]) == len(ours[name]) for name in common & of_vocabulary)
+        same_vocabulary = self.tokenizer.text == objective.tokenizer.text if self.tokenizer else \
+            not tokenizer_trained and all(len(self.weights[name]) == len(ours[name]) for name in common & of_vocabulary)
         if not same_vocabulary:
             common -= of_vocabulary
 
@@ -1346,7 +1342,7 @@ class Output(AbstractContextManager):
                 self.log.truncate(size)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
-            raise Problem(f"could not write {self.log_path}: {error.strerror}. Make room", 1) from None
+            raise Problem(f"could not write {self.log_path}: {error.strerror}", 1) from None
 
     def finish(self, content: dict) -> None:
         """Write the checkpoint, then remove the state."""
@@ -1482,7 +1478,8 @@ class Trainer:
         """
         log_every = max(1, min(LOG_STEPS, self.steps // 10))
         saved, saving = time.monotonic(), 0.0  # when the state was last saved, and for how many seconds
-        with Signals() as signals, progress(total=self.steps, initial=self.step, desc="training", unit="step",
+        signals = Signals()
+        with handle_signals(signals.note), progress(total=self.steps, initial=self.step, desc="training", unit="step",
                                             unit_scale=False, delay=0) as bar:
             try:
                 while True:

@@ -144,6 +144,14 @@ def test_what_is_not_there_is_named():
     assert "no valid split" in wrong("devign") and "function.json with" in wrong("devign")
     assert "no test split" in wrong("devign", wanted=["test"], required=["test"])
     assert "d/Answers.csv: no such file" in wrong("sqa") and "corpus.jsonl" in wrong("sqa")
+    for name, line in (
+            ("sqa/data/corpus-00000-of-00001-1a.parquet", "to_json('corpus.jsonl', orient='records', lines=True)"),
+            ("sqa-qrels/data/test-00000-of-00001.parquet", r"to_csv('qrels/test.tsv', sep='\t', index=False)")):
+        (file := Path("coir", name)).parent.mkdir(parents=True)
+        file.write_bytes(b"PAR1")
+        assert f"pandas.read_parquet('{file}').{line}" in wrong("sqa", file.parts[0] + "/" + file.parts[1])
+        with pytest.raises(Problem, match=f"{file} is Parquet"):
+            data.find_sources([file.parent])
 
 
 def test_labels_and_vocabularies(tokenizer):

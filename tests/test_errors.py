@@ -51,6 +51,7 @@ def odd_files(small, functions):
     ("nowhere.jsonl -o d", "d is a folder"), ("nowhere.jsonl -o pipe", "pipe is no plain file"),
     ("nowhere.jsonl -o none/model.pt", "cannot write none/model.pt: there is no folder"),
     ("nowhere.jsonl -o /proc/model.pt", "cannot write /proc/model.pt"), ("nowhere.jsonl -o ", "an empty name"),
+    (f"nowhere.jsonl -o {'x' * 246}", "x: File name too long"),
     ("nowhere.jsonl -o log", "log.jsonl is where the metrics would go"),
     ("small.jsonl -o small.jsonl", "small.jsonl exists and is no checkpoint"),
     ("small.jsonl -o small.jsonl --restart", "small.jsonl exists and is no checkpoint"),

@@ -190,6 +190,16 @@ def test_a_signal_at_any_moment(undisturbed, small, quick):
             check_goes_on(undisturbed)
 
 
+def test_signals_that_are_ignored_stay_so(small, quick):
+    """As nohup has it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with before_call(tasks.Stepper, "step", 3, send(signal.SIGHUP)), before_call(data.Corpus, "parse", 9, send(1)):
+            assert cli(*RUN)[0] == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def die_half_way(content, file):
     file.write(pickled(content)[:50_000])
     file.flush()

@@ -82,7 +82,7 @@ def start(make_case, tmp_path):
 
 @pytest.mark.parametrize("model, nest, prefix, without", [
     ("codessm", None, "", ""), ("codessm-pos", "state_dict", "module.", ""), ("codessm-8k", "model", "_orig_mod.", ""),
-    ("codessm-hf", None, "module._orig_mod.", "bigs."), ("codessm-pos", None, "", "bigs.")])
+    ("codessm-hf", "model_state_dict", "module._orig_mod.", "bigs."), ("codessm-pos", None, "", "bigs.")])
 def test_from_bigs_weights_it_computes_what_bigs_does(model, nest, prefix, without, start, tokenizer):
     """The first two layers of three, and 24 positions of 32; a constant added to all logits of a token says nothing."""
     p = bigs_dict(tokenizer.vocab)
