@@ -361,7 +361,7 @@ def members(source: Source) -> list[Source]:
 
 
 def parquet(path: str | os.PathLike) -> Problem:
-    """The error of a Parquet file, with the line that exports it: of CoIR's relevance judgements a table, else JSONL."""
+    """The error of a Parquet file, with the line that exports it: CoIR's qrels become a table, others JSONL."""
     name = re.split(r"-\d{5}-of-|\.parquet$", os.path.basename(path))[0]  # corpus-00000-of-00001-1a2b.parquet
     out = f"to_csv('qrels/{name}.tsv', sep='\\t', index=False)" if "qrels" in os.path.abspath(path) else \
         f"to_json('{name}.jsonl', orient='records', lines=True)"

@@ -1113,8 +1113,8 @@ class InitialWeights(NamedTuple):
         """Copy what fits into an objective; returns a sentence about what was taken. Raises `Problem`.
 
         A file with more layers gives its first, one with other positions those that both have, and one S4D kernel
-        serves for each of several. Embeddings are taken if the vocabulary is the same, which of a BiGS file, that has no
-        tokenizer, its size tells, unless the objective's was trained just now; a fine-tuned head if the labels are.
+        serves for each of several. A fine-tuned head is taken if the labels are the same, embeddings if the vocabulary
+        is. A BiGS file has no tokenizer: its vocabulary is the same if it is as large and not `tokenizer_trained` now.
         """
         config, ours, theirs = objective.encoder.config, objective.state_dict(), self.config or dict(model="codessm")
         if not objective.encoder.same_layers(theirs["model"]):
