@@ -325,8 +325,10 @@ def compressed(content):
 
 
 def with_attribute(content):
-    """A zip archive whose last member is marked as a folder, which torch would not read."""
-    at = content.rindex(b"PK\1\2") + 38
+    """A zip archive in whose directory a tensor is marked as a folder, which torch would not read."""
+    with zipfile.ZipFile(io.BytesIO(content)) as file:
+        name = next(name for name in file.namelist() if name.endswith("/data/0"))
+    at = content.rindex(name.encode()) - 46 + 38
     return content[:at] + b"\x10" + content[at + 1:]
 
 
