@@ -25,6 +25,7 @@ import math
 import os
 import re
 import shutil
+import subprocess
 import symtable
 import sys
 import sysconfig
@@ -1733,10 +1734,11 @@ def language_of(path: str) -> str | None:
     return LANGUAGES.get(os.path.splitext(path)[1].lower())
 
 
-def source_files(paths: list[str], others: Counter | None = None) -> Iterator[tuple[str, str]]:
+def source_files(paths: list[str], others: Counter | None = None, git: bool = False) -> Iterator[tuple[str, str]]:
     """(path, path in the tree or trees) of each source file, without hidden and vendored folders; raises `Problem`.
 
-    `others` counts the files of unknown languages, by their endings.
+    `others` counts the files of unknown languages, by their endings. With `git`, a folder in a checkout gives the files
+    that git tracks or would add.
     """
     for root in paths:
         if not os.path.exists(root):
@@ -1745,12 +1747,23 @@ def source_files(paths: list[str], others: Counter | None = None) -> Iterator[tu
             yield root, os.path.basename(root)
             continue
         above = os.path.dirname(os.path.realpath(root)) if len(paths) > 1 else root
-        for path in walk(root, lambda folder, name: name in VENDORED
-                         or any(os.path.exists(os.path.join(folder, name, file)) for file in VENV_FILES)):
+        for path in git and git_files(root) or walk(root, lambda folder, name: name in VENDORED or any(
+                os.path.exists(os.path.join(folder, name, file)) for file in VENV_FILES)):
             if language_of(path) and os.path.isfile(path):
                 yield path, os.path.relpath(path, above)
             elif others is not None:
                 others[os.path.splitext(path)[1].lower() or os.path.basename(path)] += 1
+
+
+def git_files(folder: str) -> list[str]:
+    """The files below a folder that git tracks or would add, but vendored ones; none where git has nothing to say."""
+    try:
+        listed = subprocess.run(["git", "-C", folder, "ls-files", "-co", "--exclude-standard", "--deduplicate", "-z"],
+                                capture_output=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):  # there is no git, or no checkout
+        return []
+    names = sorted(map(os.fsdecode, listed.split(b"\0")[:-1]))
+    return [os.path.join(folder, name) for name in names if not VENDORED.intersection(name.split("/")[:-1])]
 
 
 def read_source(path: str, language: str) -> str:
@@ -1766,6 +1779,37 @@ def read_source(path: str, language: str) -> str:
             encoding = tokenize.detect_encoding(file.readline)[0]
     with open(path, encoding=encoding) as file:
         return file.read(LARGEST_SOURCE + 1)
+
+
+class BadSource(ValueError):
+    """Why a file is left out."""
+
+
+def read_code(path: str, language: str, latin: bool = False) -> str:
+    """The text of a source file; raises `BadSource`. With `latin`, what is not UTF-8 is read as latin-1."""
+    try:
+        source = read_source(path, language)
+    except OSError as error:
+        raise BadSource(error.strerror) from None
+    except (SyntaxError, UnicodeError, LookupError):
+        if not latin:
+            raise BadSource("not text in UTF-8 or its declared encoding") from None
+        with open(path, encoding="latin-1") as file:
+            source = file.read(LARGEST_SOURCE + 1)
+    if len(source) > LARGEST_SOURCE:
+        raise BadSource(f"over {human_bytes(LARGEST_SOURCE)}")
+    if not source.strip():
+        raise BadSource("empty")
+    if "\0" in source:
+        raise BadSource("NUL characters")
+    if language == "typescript" and source.startswith("<?xml"):
+        raise BadSource("XML")
+    return source
+
+
+def describe_skipped(skipped: dict[str, list[str]]) -> str:
+    """What was left out, for the end of a sentence, from the paths by the reason."""
+    return "".join(f"; {len(names):,} left out: {why} ({listed(names)})" for why, names in sorted(skipped.items()))
 
 
 def read_sources(paths: list[str], languages: Iterable[str] = (), mixed: bool = False
@@ -1784,30 +1828,13 @@ def read_sources(paths: list[str], languages: Iterable[str] = (), mixed: bool = 
         files.sort(key=lambda file: digest(well_formed(file[1])))
     skipped: dict[str, list[str]] = {}  # paths by the reason
     for path, relative, language in progress(files, desc="reading sources", unit=" files"):
-        reason = None
         try:
-            source = read_source(path, language)
-        except OSError as error:
-            reason = error.strerror
-        except (SyntaxError, UnicodeError, LookupError):
-            reason = "not text in UTF-8 or its declared encoding"
-        else:
-            if len(source) > LARGEST_SOURCE:
-                reason = f"over {human_bytes(LARGEST_SOURCE)}"
-            elif not source.strip():
-                reason = "empty"
-            elif "\0" in source:
-                reason = "NUL characters"
-            elif language == "typescript" and source.startswith("<?xml"):
-                reason = "XML"
-        if reason:
-            skipped.setdefault(reason, []).append(relative)
-        else:
-            yield source, language, well_formed(relative)
-    info(counted(len(files), "source file")
-         + "".join(f"; {len(names):,} left out: {why} ({listed(names)})" for why, names in sorted(skipped.items()))
-         + (f"; not known as source: {listed(f'{count:,} {ending}' for ending, count in others.most_common())}"
-            if others and not languages else ""))
+            yield read_code(path, language), language, well_formed(relative)
+        except BadSource as reason:
+            skipped.setdefault(str(reason), []).append(relative)
+    unknown = listed(f"{count:,} {ending}" for ending, count in others.most_common())
+    info(f"{counted(len(files), 'source file')}{describe_skipped(skipped)}"
+         + (f"; not known as source: {unknown}" if unknown and not languages else ""))
 
 
 def build_corpus(paths: list[str], out: BinaryIO) -> None:
@@ -1865,6 +1892,20 @@ class Positions:
         return tokens, [self.starts[token.start[0] - 1] + token.start[1] for token in tokens]
 
 
+def first_line(node: ast.AST, rows: list[str]) -> int:
+    """The line, from 1, on which a function or class and its decorators begin."""
+    first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+    while node.decorator_list and not rows[first - 1].lstrip(" \t\f").startswith("@"):
+        first -= 1  # a decorator in parentheses begins after its @
+    return first
+
+
+def inner_statements(node: ast.AST) -> list[ast.AST]:
+    """The statements directly inside a statement."""
+    blocks = (getattr(node, name, []) for name in ("body", "handlers", "orelse", "finalbody", "cases"))
+    return [*itertools.chain(*blocks)]
+
+
 def python_functions(source: str) -> Iterator[dict]:
     """Each function and method, decorators included, with its docstring apart and its indent taken off.
 
@@ -1874,13 +1915,9 @@ def python_functions(source: str) -> Iterator[dict]:
     while waiting:
         node, method = waiting.pop()
         if not isinstance(node, FUNCTION):
-            blocks = (getattr(node, name, []) for name in ("body", "handlers", "orelse", "finalbody", "cases"))
-            waiting += [(child, method or isinstance(node, ast.ClassDef))
-                        for child in reversed([*itertools.chain(*blocks)])]
+            waiting += [(child, method or isinstance(node, ast.ClassDef)) for child in reversed(inner_statements(node))]
             continue
-        first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
-        while node.decorator_list and not positions.rows[first - 1].lstrip(" \t\f").startswith("@"):
-            first -= 1  # a decorator in parentheses begins after its @
+        first = first_line(node, positions.rows)
         begin, (_, end) = positions.starts[first - 1], positions.span(node)
         record = {"name": node.name, "line": first} | ({"method": True} if method else {})
         code, docstring = source[begin:end], ast.get_docstring(node)
@@ -1891,6 +1928,174 @@ def python_functions(source: str) -> Iterator[dict]:
                 record["docstring"] = docstring.strip()
         indent = re.match(r"[ \t\f]*", code)[0]
         yield {"code": re.sub(f"^{indent}", "", code, flags=re.MULTILINE)} | record
+
+
+def search_words(text: str) -> list[str]:
+    """The words of a text or of code, in lower case; identifiers are cut at _ and in camelCase."""
+    text = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", text)
+    return re.findall(r"[^\W\d_]+|\d+", text.lower())
+
+
+class Unit(NamedTuple):
+    """A part of a source file that a search can find."""
+    path: str
+    first: int  # its first line, from 1
+    last: int
+    name: str  # of the definition, qualified by its classes; "" of what belongs to none
+    code: str
+
+
+LONGEST_UNIT, PIECE = 120, 60  # lines; a unit that is longer than the one is cut into pieces of the other
+# what holds definitions
+CONTAINER = re.compile(r"\b(?:class|interface|namespace|trait|module|defmodule|object|extension|record|impl(?:\s+[\w:]+"
+                       r"\s+for)?|(?:type|mod|union|struct|enum(?:\s+class)?)(?=[^({]*(?:\{|$)))\s+([\w.:]+)")
+FUNCTION_WORD = re.compile(
+    r"\b(?:def|defp|fn|func|function|fun|sub|proc|subroutine)\b[*\s]*(?:\([^)]*\)\s*)?(?:self\.)?([\w.:$]+[?!]?)|"
+    r"([\w$]+)\s*[=:]\s*(?:async\s+)?(?:function\b|\([^()]*\)\s*=>|\w+\s*=>)")
+CALL = re.compile(r"([\w$~:]+)\s*\(")  # outside functions, what is called before a block is what the block defines
+CONTROL = {"if", "for", "while", "switch", "catch", "return", "foreach", "match", "with", "function", "fn", "func",
+           "unless", "until", "using", "lock", "synchronized"}
+BY_INDENTATION = {"python", "cython", "ruby", "elixir", "erlang", "lua", "julia", "haskell", "ocaml", "fortran", "sql",
+                  "shell"}
+BRACES = re.compile(r"""/\*.*?\*/|//[^\n]*|`[^`]*`|"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*'|[{}\n]""", re.DOTALL)
+# what goes on with the block above it
+CLOSER = re.compile(r"\s*(?:[{})\]]|(?:end|else|elif|elsif|rescue|ensure|catch|finally|when|then|do|done|fi|esac)\b)")
+COMMENT = re.compile(r"\s*(?://|/?\*|#|--|@|\[)")  # and decorators, attributes and directives
+
+
+def cut_units(source: str, language: str, path: str = "") -> list[Unit]:
+    """The units of a source file, in order. Each line is in one of them, but for blank lines between two.
+
+    Units of Python are functions and methods, with their decorators and the comments directly above them, and the
+    lines between these, cut where a class begins or ends. Other languages, and Python that does not parse, are cut
+    likewise, at definitions found by braces or indentation.
+    """
+    rows = io.StringIO(source, newline="").readlines()
+    try:
+        definitions = list(python_definitions(source, rows)) if language == "python" else None
+    except UNPARSABLE:
+        definitions = None
+    if definitions is None:
+        depths = indents(rows) if language in BY_INDENTATION else brace_depths(source, len(rows))
+        definitions = block_definitions(rows, depths, language in BY_INDENTATION, 0, len(rows))
+    owners = [(0, "")] * len(rows)
+    for number, (begin, end, name) in enumerate(definitions, 1):  # inner ones come after outer ones
+        owners[begin:end] = [(number, name)] * (end - begin)
+    runs: list[tuple[int, int, str]] = []
+    for (_, name), some in itertools.groupby(range(len(rows)), key=owners.__getitem__):
+        begin, *rest = some
+        end = rest[-1] + 1 if rest else begin + 1
+        if runs and all(row.isspace() or CLOSER.match(row) for row in rows[begin:end]):  # the end of a class
+            runs[-1] = (runs[-1][0], end, runs[-1][2])
+        else:
+            runs.append((begin, end, name))
+    units = []
+    for begin, end, name in runs:
+        step = PIECE if end - begin > LONGEST_UNIT else LONGEST_UNIT
+        for start in range(begin, end, step):
+            filled = [i for i in range(start, min(start + step, end)) if not rows[i].isspace()]
+            if filled:
+                units.append(Unit(path, filled[0] + 1, filled[-1] + 1, name, "".join(rows[filled[0]:filled[-1] + 1])))
+    return units
+
+
+def python_definitions(source: str, rows: list[str]) -> Iterator[tuple[int, int, str]]:
+    """(begin, end, qualified name) of the classes and functions of Python, as rows; raises `UNPARSABLE`."""
+    waiting = [(parse_python(source), "")]
+    while waiting:
+        node, scope = waiting.pop()
+        if isinstance(node, (ast.ClassDef, *FUNCTION)):
+            begin = first_line(node, rows) - 1
+            while begin and rows[begin - 1].lstrip().startswith("#"):
+                begin -= 1
+            yield begin, node.end_lineno, scope + node.name
+            scope += f"{node.name}."
+        if not isinstance(node, FUNCTION):
+            waiting += [(child, scope) for child in reversed(inner_statements(node))]
+
+
+def indents(rows: list[str]) -> list[int]:
+    """The indent of each row; of a blank one that of the row above."""
+    depths = []
+    for row in rows:
+        row = row.expandtabs()
+        depths.append(len(row) - len(row.lstrip()) if row.strip() else depths[-1] if depths else 0)
+    return depths
+
+
+def brace_depths(source: str, count: int) -> list[int]:
+    """The least number of braces that are open somewhere on each of `count` rows.
+
+    A rough pattern tells strings and comments apart: where it errs, a cut is worse, and no line is lost.
+    """
+    depths, depth, least = [], 0, 0
+    for match in BRACES.finditer(source):
+        if match[0] in ("{", "}"):
+            depth = max(0, depth + (1 if match[0] == "{" else -1))
+            least = min(least, depth)
+        for _ in range(match[0].count("\n")):
+            depths.append(least)
+            least = depth
+    return (depths + [least] * count)[:count]
+
+
+def block_definitions(rows: list[str], depths: list[int], by_indent: bool, begin: int, end: int, scope: str = "",
+                      calls: bool = True) -> Iterator[tuple[int, int, str]]:
+    """(begin, end, qualified name) of the definitions in rows[begin:end], found by how deep each row lies.
+
+    A definition is a row that a name can be read from and the deeper rows below it. With `calls`, what looks like a
+    call is such a name.
+    """
+    filled = [i for i in range(begin, end) if not rows[i].isspace()]
+    base = min((depths[i] for i in filled), default=0)
+    starts = [i for i in filled if depths[i] == base and not CLOSER.match(rows[i])]
+    for start, stop in zip(starts, [*starts[1:], end]):
+        inside = [i for i in range(start, stop) if depths[i] > base]
+        if not inside:
+            continue
+        lead = start  # of comments, attributes and a signature of several rows
+        while lead > begin and depths[lead - 1] == base and not rows[lead - 1].isspace() and (
+                COMMENT.match(rows[lead - 1]) or not by_indent and not re.search(r"[;{}:]\s*$", rows[lead - 1])):
+            lead -= 1
+        header = "".join(row for row in rows[lead:inside[0]] if not COMMENT.match(row))
+        for _ in range(2):
+            header = re.sub(r"<[^<>]*>", "", header)  # of generic types
+        container = CONTAINER.search(header)
+        found = container or FUNCTION_WORD.search(header) or calls and CALL.search(header)
+        name = next(filter(None, found.groups())) if found else ""
+        if name in CONTROL:
+            name = ""
+        if name:
+            yield lead, stop, scope + name
+        if container or "(" not in header or stop - start > LONGEST_UNIT:
+            yield from block_definitions(rows, depths, by_indent, inside[0], inside[-1] + 1,
+                                         f"{scope}{name}." if container else scope, "(" not in header)
+
+
+def texts_to_embed(paths: Iterable[str], skipped: dict[str, list[str]] | None = None, **reading
+                   ) -> Iterator[tuple[str, dict]]:
+    """(text, what it is) of each unit of source files or record of JSONL; raises `Problem`.
+
+    `skipped` gets the files that are left out, by the reason; `reading` are `skip_bad` and `longest` of `Records`.
+    """
+    def parse(line: bytes) -> tuple[str, dict]:
+        record = parse_json(line)
+        code = field(record, (*CODE_FIELDS, *TEXT_FIELDS), as_text)
+        return code, {name: value for name, value in record.items() if name not in CODE_FIELDS}
+
+    for path in map(str, paths):
+        if not language_of(path) and not (os.path.isdir(path) and any(source_files([path]))):
+            yield from (row for _, row in Records(find_sources([path]), parse, **reading))
+            continue
+        for file, _ in source_files([path], git=True):
+            language = language_of(file) or "unknown"
+            try:
+                for unit in cut_units(read_code(file, language, latin=True), language, well_formed(file)):
+                    row = unit._asdict()
+                    yield well_formed(row.pop("code")), row
+            except BadSource as reason:
+                if skipped is not None:
+                    skipped.setdefault(str(reason), []).append(file)
 
 
 def file_examples(path: str, kind: str) -> Iterator[Example]:
@@ -2277,14 +2482,15 @@ def typed_tokens(source: str, always: bool = False) -> tuple[list[str], list[str
     return [well_formed(tokens[i].string) for i in left], [labels[i] for i in left], functions
 
 
-MADE = ("advtest", "typeinf")  # the tasks that can be made of source trees
+MADE = ("advtest", "search", "typeinf")  # the tasks that can be made of source trees
 
 
 def build_benchmark(task: str, paths: list[str], folder: str) -> None:
-    """Make `advtest` or `typeinf` of the Python files under `paths`: {train,valid,test}.jsonl in `folder`.
+    """Make one of `MADE` of the source files under `paths`: {train,valid,test}.jsonl in `folder`.
 
     advtest: the first paragraph of a docstring, and the function without it, chosen as CodeSearchNet does (at least
     three words and three lines, no test, no special method). In valid and test the function is obfuscated.
+    search: the same with all names kept; of other languages the comment directly above a function, and the function.
     typeinf: the tokens of a file and the types of some, from its annotations; and vocab_50000.txt, the types of the
     training split. Files are split 80/10/10 by a hash of their path. Duplicates are dropped, in advtest also those that
     differ in names alone; functions that another split has are cut out of files. Raises `Problem`.
@@ -2295,12 +2501,12 @@ def build_benchmark(task: str, paths: list[str], folder: str) -> None:
         if re.fullmatch(r"(train\d*|valid|test)\.jsonl(\.gz)?|vocab_50000\.txt", file):
             raise Problem(f"{os.path.join(folder, file)} exists: remove it, or give another -o")
     records: dict[int, tuple[str, dict, str | list | None]] = {}  # digest of what duplicates share -> (path, ...)
-    for source, _language, path in read_sources(paths, ["python"]):
-        for shared, record, extra in benchmark_records(task, source, path):
+    for source, language, path in read_sources(paths, () if task == "search" else ["python"]):
+        for shared, record, extra in benchmark_records(task, source, path, language):
             records.setdefault(digest(shared), (path, record, extra))
     files = sorted({path for path, _, _ in records.values()}, key=digest)
-    what, reason = ("functions with docstrings", "whose names cannot be replaced") if task == "advtest" else \
-        ("annotations", "with types in no function of their own")
+    what, reason = ("annotations", "with types in no function of their own") if task == "typeinf" else \
+        ("functions with docstrings", "whose names cannot be replaced")
     if len(files) < 3:
         raise Problem(f"{', '.join(paths)}: only {len(files)} files with {what}: three splits need more")
     tenth = max(1, len(files) // 10)
@@ -2336,21 +2542,40 @@ def finish_record(split: str, split_of: dict[int, str], record: dict, extra: str
     return record if any(labels) else None
 
 
-def benchmark_records(task: str, source: str, path: str) -> Iterator[tuple[str, dict, str | list | None]]:
-    """(what duplicates share, record, obfuscated code or `typed_tokens` spans) of what a file that parses holds."""
+def benchmark_records(task: str, source: str, path: str, language: str = "python"
+                      ) -> Iterator[tuple[str, dict, str | list | None]]:
+    """(what duplicates share, record, code outside train or `typed_tokens` spans) of what a file that parses holds."""
     with suppress(*UNPARSABLE):
         if task == "typeinf":
             tokens, labels, functions = typed_tokens(source)
             if any(labels):
                 yield "\0".join(tokens), {"tokens": tokens, "labels": labels, "path": path}, functions
             return
-        for function in list(python_functions(source)):
+        functions = python_functions(source) if language == "python" else commented_functions(source, language)
+        for function in list(functions):
             name, code = function["name"], well_formed(function["code"])
-            text = " ".join(re.split(r"\n\s*\n", function.get("docstring", ""))[0].split())
+            text = well_formed(" ".join(re.split(r"\n\s*\n", function.get("docstring", ""))[0].split()))
             special = name.startswith("__") and name.endswith("__")
             if len(text.split()) < 3 or len(code.strip().splitlines()) < 3 or special or "test" in name.lower():
                 continue
+            url = f"{path}#L{function['line']}"
+            if task == "search":
+                yield code, {"text": text, "code": code, "url": url}, code
+                continue
             with suppress(*UNPARSABLE):  # a string over several lines may have lost its indent, and more
                 hidden = obfuscate(code, function.get("method", False))
-                yield hidden or code, {"docstring": well_formed(text), "code": code,
-                                       "url": f"{path}#L{function['line']}"}, hidden
+                yield hidden or code, {"docstring": text, "code": code, "url": url}, hidden
+
+
+COMMENT_ABOVE = re.compile(
+    r"(?:\s*(?:/\*.*?\*/|(?://|--|#(?![\[!]|\s*(?:include|define|if|pragma|end|else)))[^\n]*\n))+\n?", re.DOTALL)
+COMMENT_MARK = re.compile(r"^\s*(?:/\*+!?|\*+/?|//+!?|#+|--+)?[ \t]?|\*+/\s*$", re.MULTILINE)
+
+
+def commented_functions(source: str, language: str) -> Iterator[dict]:
+    """The named units that begin with a comment, as `python_functions` gives functions; the tags of doc comments go."""
+    for unit in cut_units(source, language):
+        comment = COMMENT_ABOVE.match(unit.code)
+        if unit.name and comment:
+            text = re.split(r"^\s*[@\\]\w", COMMENT_MARK.sub("", comment[0].strip()), flags=re.MULTILINE)[0]
+            yield {"name": unit.name, "line": unit.first, "docstring": text.strip(), "code": unit.code[comment.end():]}

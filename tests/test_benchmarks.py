@@ -527,3 +527,25 @@ def test_what_no_benchmark_can_be_made_of():
             ("d/valid.jsonl", "advtest", "out", "known are .py"), ("d", "advtest", "d/m1.py", "d/m1.py is no folder")):
         says(2, message, "corpus", path, "--task", task, "-o", folder)
     assert open("d/valid.jsonl").read() == "mine\n" and not os.path.exists("out")
+
+
+def test_search_of_a_source_tree():
+    """Docstring and function with its names; of other languages the comment directly above a function."""
+    body = "(int a) {\n    a += 1;\n    return a;\n}\n"
+    write({"broken.py": "def f(:\n",
+           "a.c": f"// Adds one to\n// a number.\nint add{body}\n/* Not above. */\n\nint none{body}\n/**\n * Also adds "
+                  f"one, fast.\n *\n * More of it.\n * @param a what\n */\nint also{body}\n#include <one.h>\nint g{body}",
+           "b.go": "// Add adds a number.\n//\n// Twice.\nfunc (r *T) Add(a int) int {\n\ta++\n\treturn a\n}\n",
+           "c.rb": "class C\n  # Says hello to all.\n  def hello(a)\n    puts a\n  end\nend\n"}
+          | {f"m{i}.py": f"def f{i}(a):\n    '''Return a and {i}.\n\n    More.'''\n    b = a\n    return b, {i}\n"
+             for i in range(9)})
+    rows = [row for split in build("search").values() for row in split]
+    found = {row["text"]: (row["code"], row["url"]) for row in rows}
+    assert len(found) == len(rows) == 13 and all(row.keys() == {"text", "code", "url"} for row in rows)
+    assert found["Adds one to a number."] == ("int add" + body, "a.c#L1")
+    assert found["Also adds one, fast."] == ("int also" + body, "a.c#L15")
+    assert found["Add adds a number."] == ("func (r *T) Add(a int) int {\n\ta++\n\treturn a\n}\n", "b.go#L1")
+    assert found["Says hello to all."] == ("  def hello(a)\n    puts a\n  end\nend\n", "c.rb#L2")
+    assert found["Return a and 3."] == ("def f3(a):\n    b = a\n    return b, 3", "m3.py#L1")
+    splits = Benchmark("retrieval", "out").splits
+    assert sum(len(split.queries) for split in splits.values()) == 13 and all(len(s.queries) for s in splits.values())
