@@ -26,12 +26,14 @@ if IS_PROGRAM and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import importlib.util
+import io
 import itertools
 import json
 import math
 import time
 import zlib
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple, Sequence
 
@@ -805,11 +807,20 @@ def count_kernels(model: str, d: int, kernels: int | None) -> int:
 def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> Objective:
     """The model of a checkpoint, or of the state file of an unfinished run, in evaluation mode; raises `data.Problem`.
 
-    It is one of the objectives of tasks.py: `tasks.MLM`, with `logits(hidden)`, or that of the task it was fine-tuned
-    for, with `labels`. Each has a `tokenizer` and an `encoder`, which maps ids (B, L) and lengths (B,) to hidden states
-    (B, L, d). Loading runs no code from the file.
+    It is one of the objectives of tasks.py, with `encode(texts)`: `tasks.MLM`, with `fill_mask(text)`, or that of the
+    task it was fine-tuned for, with `predict(texts)` and `labels`. Each has a `tokenizer` and an `encoder`, which maps
+    ids (B, L) and lengths (B,) to hidden states (B, L, d). Loading runs no code from the file.
     """
     return tasks.restore(tasks.read(path), path, Encoder).to(device).eval()
+
+
+def search(query: str, paths: str | Sequence[str] = ".", model: Objective | None = None, k: int = 10
+           ) -> list[tasks.Hit]:
+    """The best k units of the source trees below `paths` for a query, as `codessm search` finds them, by BM25 alone
+    without a `model`. The index is kept for the next call (see `tasks.Index`). Raises `data.Problem`.
+    """
+    with closing(tasks.Index([paths] if isinstance(paths, str) else paths, model)) as index:
+        return index.search(query, k)
 
 
 # ---- options ----------------------------------------------------------------------------------------
@@ -1254,7 +1265,7 @@ def evaluate(task, ckpt, split, predictions, **chosen):
     compiled = tasks.compile_objective(model, settings.compiled, tasks.compiling_pays(batches, len(batches)))
     metrics, outputs = tasks.evaluate(model, batches, examples, compiled=compiled)
     if not all(map(math.isfinite, metrics.values())):
-        raise Problem(f"{ckpt}: {NOT_FINITE}", 1)
+        raise Problem(f"{ckpt}: {tasks.NOT_FINITE}", 1)
     if predictions is not None and data.rank() == 0:
         with data.atomic(predictions) as file:
             for line in model.format_predictions(outputs, examples):
@@ -1266,7 +1277,6 @@ def evaluate(task, ckpt, split, predictions, **chosen):
                                            f"{model.format_metrics(metrics)}")
 
 
-NOT_FINITE = "the model's outputs are not finite numbers: its training went wrong, or there is nothing to predict"
 PREDICT = 4096  # records at a time
 
 
@@ -1290,19 +1300,113 @@ def predict(files, ckpt, ctx, batch, skip_bad, max_line, device):
     for name, examples in data.examples_to_predict(files or ["-"], model.name, skip_bad=skip_bad,
                                                      longest=max_line * 10**6):
         while chunk := list(itertools.islice(examples, PREDICT)):
-            dataset = data.Unlabelled(chunk, model.kind)
-            store = data.tokenise(dataset, model.tokenizer, ctx, dataset.splits["test"].items())
-            split = dataset.splits["test"]
-            batches = data.Batches(store, model.tokenizer, ctx, split.items()[:, None], batch)
-            with torch.no_grad():
-                outputs = model.outputs(data.progress(batches, desc=name, leave=False, unit=" batches",
-                                                      unit_scale=False), split)
-            for example, result in zip(chunk, model.results(outputs, split), strict=True):
+            for example, result in zip(chunk, model.predict(chunk, batch, ctx, name), strict=True):
                 try:
                     json.dumps(result, allow_nan=False)
                 except ValueError:
-                    raise Problem(f"{ckpt}: {NOT_FINITE}", 1) from None
+                    raise Problem(f"{ckpt}: {tasks.NOT_FINITE}", 1) from None
                 click.echo(json.dumps(example.record | result))
+
+
+@cli.command("search", epilog='Example: codessm search "parse a date" src/ --ckpt retrieval.pt')
+@click.argument("query")
+@click.argument("paths", nargs=-1)
+@options("--ckpt --batch --device --json", batch="Units encoded at a time.",
+         ckpt=dict(required=False, help="A model, best one of `finetune retrieval`.  [default: BM25 alone]"),
+         json="Print a line of JSON for each answer.")
+@click.option("-k", **integer(default=10), show_default=True, help="Answers.")
+def search_command(query, paths, ckpt, k, batch, device, as_json):
+    """Search source code.
+
+    QUERY: what to look for; - reads queries from standard input, one a line, and answers each with a line of JSON as
+    soon as it is read. PATHS: folders and files, by default the current folder; in a git checkout its files that git
+    does not ignore, elsewhere those that `codessm corpus` takes.
+
+    Units are functions and methods, and what lies between them. BM25 of their words is added to the cosine of the
+    model's vectors. The index is kept in ~/.cache/codessm and follows the files; only changed files are read again.
+    """
+    if not query.strip():
+        raise click.UsageError("QUERY is empty")
+    model = load(ckpt, choose_device(device)) if ckpt is not None else None
+    if model is None:
+        info("by BM25 of words alone: --ckpt adds a model (codessm corpus --task search, codessm finetune retrieval)")
+    elif model.kind != "retrieval":
+        info(f"{ckpt} was not fine-tuned for retrieval, and finds less than a model that was")
+    with closing(tasks.Index(paths or ["."], model, batch)) as index:
+        for line in iter(sys.stdin.readline, "") if query == "-" else ():
+            answers = [hit._asdict() for hit in index.search(line, k)] if line.strip() else []
+            click.echo(json.dumps({"query": line.rstrip("\n"), "answers": answers}))
+        if query == "-":
+            return
+        hits = index.search(query, k)
+    for hit in hits:
+        name = hit.name or hit.code.splitlines()[0].strip()[:100]
+        click.echo(json.dumps(hit._asdict()) if as_json else
+                   data.printable(f"{data.well_formed(hit.path)}:{hit.first}: {hit.score:.2f}  {name}"))
+    if not hits:
+        info("nothing found")
+
+
+@cli.command(epilog="Example: codessm embed --ckpt retrieval.pt src/ -o vectors.npy")
+@click.argument("paths", nargs=-1)
+@options("--ckpt --batch --skip-bad --max-line --device -o --restart --json", batch="Units encoded at a time.",
+         o=dict(required=True, help="The .npy to write; FILE.jsonl in its place says what each row is."))
+@click.option("--max-tokens", **integer(8, tasks.LONGEST), help="Tokens read of each unit.  [default: all]")
+@click.option("--float16", is_flag=True, help="Write float16 rather than float32.")
+def embed(paths, ckpt, batch, skip_bad, max_line, device, output, restart, as_json, max_tokens, float16):
+    """Write the vectors of source code, for a vector database.
+
+    PATHS: folders and source files, whose units are those of `codessm search`, by default the current folder; or JSONL,
+    whose code, or text where there is no code, is embedded. -o gets an array (n, d) of normalised rows; the .jsonl of
+    the same name has a line for each row. After an interruption the same command goes on.
+    """
+    rows_path = f"{output.removesuffix('.npy')}.jsonl"
+    if not output.endswith(".npy"):
+        raise click.UsageError(f"-o {output}: give it a name that ends in .npy")
+    for path in (output, rows_path):
+        data.check_writable(path)
+        if os.path.exists(path) and not restart:
+            raise Problem(f"{path} exists: --restart replaces it")
+        if any(os.path.exists(name) and os.path.exists(path) and os.path.samefile(name, path) for name in paths):
+            raise Problem(f"{path} would be read and written: give another -o")
+    started, model, count = time.monotonic(), load(ckpt, choose_device(device)).frozen(), 0
+    source = dict(paths=paths or ["."], skip_bad=skip_bad, longest=max_line * 10**6)
+    key = data.blake2b(json.dumps([tasks.fingerprint(model), max_tokens, float16]).encode(), digest_size=8)
+    skipped: dict[str, list[str]] = {}
+    with data.atomic(rows_path) as rows:
+        for text, row in data.texts_to_embed(skipped=skipped, **source):
+            line = json.dumps(row).encode() + b"\n"
+            key.update(line + text.encode())
+            rows.write(line)
+            count += 1
+        info(f"{count:,} units or records{data.describe_skipped(skipped)}")
+        if not count:
+            raise Problem(f"{data.listed(source['paths'])}: there is nothing to embed")
+        d, dtype, header = model.encoder.config["d"], np.dtype(np.float16 if float16 else np.float32), io.BytesIO()
+        np.lib.format.write_array_header_1_0(header, dict(descr=dtype.str, fortran_order=False, shape=(count, d)))
+        start, size = header.tell(), d * dtype.itemsize
+        part = f"{output}.{key.hexdigest()}.part"  # of another model, other options or other sources has another name
+        with open(part, "ab") as file, data.progress(total=count, desc="embedding", unit=" rows") as bar:
+            done = max(0, file.tell() - start) // size
+            file.truncate(start + done * size if done else 0)
+            if not done:
+                file.write(header.getvalue())
+            else:
+                info(f"going on from row {done:,} of {count:,}")
+            bar.update(done)
+            texts = itertools.islice(data.texts_to_embed(**source), done, None)
+            while chunk := [text for text, _ in itertools.islice(texts, tasks.Index.CHUNK)]:
+                file.write(model.encode(chunk, batch, max_tokens).astype(dtype).tobytes())
+                file.flush()
+                bar.update(len(chunk))
+            os.fsync(file.fileno())
+            if file.tell() != start + count * size:
+                raise Problem("the sources changed while they were read: the same command reads them again", 1)
+    os.replace(part, output)
+    seconds = time.monotonic() - started
+    print_result(dict(output=output, rows=count, width=d, dtype=dtype.name, seconds=round(seconds, 1),
+                      peak_memory=tasks.peak_memory(next(model.parameters()).device)), as_json,
+                 f"{output}: {count:,} rows of {d} in {seconds:.0f} s; {rows_path} says what each is")
 
 
 def comma_list(parse: Callable[[str], object]) -> Callable:
@@ -1665,7 +1769,7 @@ def show_shift(before: dict, after: dict, result: dict, as_json: bool) -> None:
 
 @cli.command(epilog="Example: codessm corpus ~/projects -o corpus.jsonl")
 @click.argument("paths", nargs=-1)
-@click.option("--task", type=click.Choice(data.MADE), help="Make a benchmark of the Python files instead.")
+@click.option("--task", type=click.Choice(data.MADE), help="Make a benchmark instead.")
 @click.option("-o", "output_path", metavar="FILE|DIR",
               help="The JSONL file to write, with --task the folder.  [default: standard output; with --task ./TASK]")
 def corpus(paths, task, output_path):
@@ -1676,7 +1780,9 @@ def corpus(paths, task, output_path):
     installed folders below PATHS are left out.
 
     --task advtest makes a code search benchmark of docstrings and functions, with obfuscated names in the valid and
-    test splits; --task typeinf makes a type inference benchmark of annotations. `codessm finetune` reads both.
+    test splits; --task search the same with all names kept, and with functions of other languages below a comment,
+    which `codessm finetune retrieval` reads to train a search model; --task typeinf makes a type inference benchmark of
+    annotations.
     """
     paths = paths or [data.STANDARD_LIBRARY]
     if task:

@@ -18,6 +18,7 @@ import re
 import resource
 import shutil
 import signal
+import sqlite3
 import sys
 import time
 import traceback
@@ -28,8 +29,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from functools import partial
+from hashlib import blake2b
 from pathlib import Path
-from typing import Callable, Iterable, Iterator, NamedTuple
+from typing import Callable, Iterable, Iterator, NamedTuple, Sequence
 
 import numpy as np
 import torch
@@ -41,8 +43,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recompute
 
 import data
-from data import (IGNORE, TASKS, Batch, Batches, Problem, Split, Tokenizer, all_gather, broadcast, info, progress, rank,
-                  world_size)
+from data import (IGNORE, TASKS, Batch, Batches, Example, Problem, Split, Tokenizer, all_gather, broadcast, info,
+                  progress, rank, world_size)
 
 FORMAT = "codessm 1"
 WEIGHT_DECAY = 0.01
@@ -51,6 +53,9 @@ SAVE_SECONDS = 300
 LOG_STEPS = 50
 COMPILING_PAYS = 100  # batches per length
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # that end a run once it has saved
+NOT_FINITE = "the model's outputs are not finite numbers: its training went wrong, or there is nothing to predict"
+LONGEST = 2 ** 24  # tokens of a text that is read whole
+PIECE_TOKENS = 2 ** 16  # that are encoded at a time, unless a single text has more
 FAILING = 20  # steps in a row without a finite loss, after which a run ends
 
 
@@ -145,6 +150,50 @@ class Objective(nn.Module):
         self.compiled = True
         self.encoder.compile_parts()
 
+    def in_batches(self, examples: list[Example], kind: str, batch: int, ctx: int | None) -> tuple[Batches, Split]:
+        """The distinct items of examples in memory, in batches; each is read whole, or as far as `ctx` tokens."""
+        dataset = data.Unlabelled(examples, kind)
+        ctx = min(size for size in (ctx, self.encoder.max_length, LONGEST) if size)
+        store = data.tokenise(dataset, self.tokenizer, ctx, dataset.splits["test"].items())
+        split = dataset.splits["test"]  # of a tagger only now, as windows of its texts
+        return Batches(store, self.tokenizer, ctx, split.items()[:, None], batch), split
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str], batch: int = 32, ctx: int | None = None) -> np.ndarray:
+        """The mean-pooled, normalised hidden states of texts, (n, d) float32, in their order.
+
+        `batch` texts are read at a time, each whole or as far as `ctx` tokens; the result does not depend on `batch`
+        (but for codef).
+        """
+        if not len(texts):
+            return np.empty((0, self.encoder.config["d"]), np.float32)
+        model = self if self.encoder.kernel_cache is not None else self.frozen()
+        batches, split = self.in_batches([Example((text,), None, {}) for text in texts], "classify", batch, ctx)
+        pieces = (piece for some in progress(batches, desc="encoding", leave=False, unit=" batches", unit_scale=False)
+                  for piece in some.pieces(-(-some.ids.size // PIECE_TOKENS)))
+        vectors = normalize(embed(model, pieces, split.items()), dim=-1).cpu().numpy()
+        if not np.isfinite(vectors).all():
+            raise Problem(NOT_FINITE, 1)
+        return vectors
+
+    @torch.no_grad()
+    def predict(self, texts: Sequence[str | tuple[str, str] | list[str] | Example], batch: int = 32,
+                ctx: int | None = None, desc: str = "predicting") -> list[dict]:
+        """What `codessm predict` says of each text, pair of texts or, for tagging, list of words: `results` as dicts.
+
+        Raises `Problem` if this model was not fine-tuned.
+        """
+        if not hasattr(self, "results"):
+            raise Problem("a pretrained encoder predicts nothing yet: fine-tune it first")
+        model = self if self.encoder.kernel_cache is not None else self.frozen()
+        examples = [text if isinstance(text, Example) else
+                    Example((text,) if isinstance(text, str) else text, [data.UNK] * len(text), {}) for text in texts]
+        if not examples:
+            return []
+        batches, split = self.in_batches(examples, self.kind, batch, ctx or self.ctx)
+        outputs = model.outputs(progress(batches, desc=desc, leave=False, unit=" batches", unit_scale=False), split)
+        return list(self.results(outputs, split))
+
 
 def to_tensors(arrays: dict[str, np.ndarray | None]) -> dict[str, Tensor]:
     """Tensors of the arrays that are not None. Lengths are left out if no row is padded: attention is faster unmasked.
@@ -209,6 +258,22 @@ class MLM(Objective):
 
     def loss(self, ids: Tensor, places: Tensor, targets: Tensor, lengths: Tensor | None = None) -> Tensor:
         return self.head_loss(self.encoder(ids, lengths).flatten(0, 1).index_select(0, places), targets)
+
+    @torch.no_grad()
+    def fill_mask(self, text: str, k: int = 5) -> list[tuple[str, float]]:
+        """The k likeliest tokens at the one `<mask>` of a text, and their probabilities, the best first.
+
+        A space before the mask belongs to the token. Raises `Problem` if there is not one `<mask>`.
+        """
+        parts = text.split("<mask>")
+        if len(parts) != 2:
+            raise Problem(f"there must be one <mask> in the text, and there are {len(parts) - 1}")
+        left, right = self.tokenizer.encode_many([parts[0].removesuffix(" "), parts[1]])
+        ids = torch.tensor([[self.tokenizer.start, *left, self.tokenizer.mask, *right, self.tokenizer.end]])
+        model, ordinary = self.frozen(), self.tokenizer.ordinary
+        logits = compute(model, lambda ids: model.logits(model.encoder(ids)[0, len(left) + 1]), {"ids": ids})
+        best = logits.float().cpu()[ordinary].softmax(-1).topk(min(k, len(ordinary)))
+        return [(self.tokenizer.model.decode([int(ordinary[i])]), p) for p, i in zip(*map(Tensor.tolist, best))]
 
     def compile_parts(self) -> None:
         super().compile_parts()
@@ -341,7 +406,7 @@ class Retrieval(Objective):
         self.scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.pooling = nn.Parameter(torch.zeros(self.encoder.config["d"]))
 
-    def encode(self, ids: Tensor, lengths: Tensor | None) -> Tensor:
+    def vectors(self, ids: Tensor, lengths: Tensor | None) -> Tensor:
         """Normalised (B, d)."""
         B, L = ids.shape
         rows = min(-(-B // self.pieces), max(1, self.MOST_TOKENS // L))
@@ -353,7 +418,7 @@ class Retrieval(Objective):
     def loss(self, ids: Tensor, ids2: Tensor, items: Tensor, lengths: Tensor | None = None,
              lengths2: Tensor | None = None) -> Tensor:
         """`loss_of_logits` of texts and codes (B, L) and their items (B, 2), -1 in rows that only fill up."""
-        q, c = self.encode(ids, lengths), Gather.apply(self.encode(ids2, lengths2))
+        q, c = self.vectors(ids, lengths), Gather.apply(self.vectors(ids2, lengths2))
         with torch.autocast(q.device.type, enabled=False):
             logits = q @ c.T * self.scale.clamp(max=math.log(100)).exp()
         own = torch.arange(len(q), device=q.device) + rank() * len(q)
@@ -411,7 +476,7 @@ class Tagging(Objective):
         """`loss_of_logits` of ids (B, L) and the label numbers (M,) at the flat places (M,)."""
         return loss_of_logits(self.head(self.hidden(ids, places, lengths)), targets)
 
-    def predict(self, ids: Tensor, places: Tensor, targets: Tensor, lengths: Tensor | None = None) -> Tensor:
+    def best_labels(self, ids: Tensor, places: Tensor, targets: Tensor, lengths: Tensor | None = None) -> Tensor:
         """The numbers (M,) of the best labels, -1 where the hidden state is not finite."""
         hidden = self.hidden(ids, places, lengths)
         # logits of 1,024 words at a time: `predict` asks for every word, of up to 50,000 types
@@ -422,7 +487,7 @@ class Tagging(Objective):
         """(gold, predicted) label numbers of the labelled words of each window, in the order of the windows."""
         windows = {}
         for batch in batches:
-            predicted = compute(self, self.predict, self.prepare(batch)).cpu().numpy()
+            predicted = compute(self, self.best_labels, self.prepare(batch)).cpu().numpy()
             ends = np.searchsorted(batch.places, np.arange(1, len(batch.ids)) * batch.ids.shape[1])
             sides = np.split(batch.targets, ends), np.split(predicted, ends)
             windows |= zip(batch.items[:, 0].tolist(), zip(*sides))
@@ -527,7 +592,7 @@ def entities(windows: list[list[str]]) -> set[tuple[str, int, int]]:
     return found
 
 
-# ---- ranking ----------------------------------------------------------------------------------------
+# ---- ranking and the index --------------------------------------------------------------------------
 
 SCORES = 2 ** 24  # similarities that are in memory at a time
 TIE = 1e-6  # cosines that differ by less are equal: they are sums of float32
@@ -553,6 +618,268 @@ def rank_candidates(queries: Tensor, candidates: Tensor, query: np.ndarray, gold
         ranks.append(ahead.sum(1).cpu() + 1)
         top.append(scores.topk(min(best, len(candidates)), sorted=True).indices.cpu())
     return torch.cat(ranks).numpy(), torch.cat(top).numpy()
+
+
+class Hit(NamedTuple):
+    """An answer of a search."""
+    path: str
+    first: int  # its first line, from 1
+    last: int
+    name: str  # of the definition, or ""
+    score: float
+    word_rank: int | None  # by BM25 alone, from 1; None if it has no word of the query
+    vector_rank: int | None  # by cosine alone; None without a model
+    code: str
+
+
+class Index:
+    """The units of a source tree, for search: an SQLite file for each tree and model; raises `Problem`.
+
+        files     path, mark (changes with the file), hash of its content
+        contents  hash, number of the first unit, count of units, their vectors (count, d) float16, path of the first
+                  file that has it; without a path it is not part of the index yet
+        units     number, first and last line, name, code
+        words     FTS5 table of the words of each unit's path, name and code; it holds no text, so to delete a unit its
+                  words are made again
+
+    An update reads the files whose marks changed, cuts and encodes those whose content is new, which is kept at once,
+    and then makes all of that part of the index in one transaction. One process updates at a time, others may search.
+    """
+    VERSION = 0x6353_0001  # of this schema, and of what makes units and words
+    SCHEMA = """
+        CREATE TABLE about (key TEXT);
+        CREATE TABLE files (path BLOB PRIMARY KEY, mark TEXT, hash BLOB);
+        CREATE TABLE contents (hash BLOB PRIMARY KEY, first INTEGER, count INTEGER, vectors BLOB, path BLOB);
+        CREATE INDEX content_of_unit ON contents (first);
+        CREATE TABLE units (number INTEGER PRIMARY KEY, first INTEGER, last INTEGER, name TEXT, code TEXT);"""
+    WORDS = "CREATE VIRTUAL TABLE words USING fts5 (text, content='', tokenize='porter unicode61');"
+    CHUNK = 2048  # units that are encoded, and kept, at a time
+
+    def __init__(self, paths: Sequence[str], model: Objective | None = None, batch: int = 32):
+        self.paths, self.batch = list(paths), batch
+        self.model = model if model is None or model.encoder.kernel_cache is not None else model.frozen()
+        try:
+            sqlite3.connect(":memory:").execute(self.WORDS)
+            self.has_words = True
+        except sqlite3.OperationalError:
+            self.has_words = False
+            lacks = "the SQLite of this Python lacks FTS5, so words are not searched"
+            if model is None:
+                raise Problem(f"{lacks}: give --ckpt, or take another Python") from None
+            info(f"{lacks}: the vectors alone answer")
+        roots = sorted({data.well_formed(os.path.realpath(path)) for path in self.paths})
+        parts = [roots, None if model is None else fingerprint(model), self.has_words]
+        self.key = f"{data.digest(json.dumps(parts)):016x}"
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "codessm")
+        self.top = os.path.dirname(os.path.commonpath(roots))  # words of paths are those below it
+        self.path = str(folder / f"{os.path.basename(roots[0])}-{self.key}.sqlite")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.lock = open(f"{self.path}.lock", "w")
+        except OSError as error:
+            raise Problem(f"cannot write the index in {folder}: {error.strerror}; XDG_CACHE_HOME chooses another place"
+                          ) from None
+        self.db: sqlite3.Connection | None = None
+
+    def search(self, query: str, k: int = 10) -> list[Hit]:
+        """The best k units for a query, of the tree as it is now; equal files are one. Raises `Problem`."""
+        try:
+            try:
+                self.update()
+                return self.answer(query, k)
+            except sqlite3.DatabaseError as error:
+                if isinstance(error, sqlite3.OperationalError) and "no such" not in str(error):
+                    raise
+                info(f"the index {self.path} is damaged or of another program ({error}): it is made anew")
+                self.db.close()
+                self.db = None
+                for ending in ("", "-wal", "-shm"):
+                    Path(self.path + ending).unlink(missing_ok=True)
+                self.update()
+                return self.answer(query, k)
+        except sqlite3.Error as error:
+            raise Problem(f"the index {self.path}: {error}", 1) from None
+
+    def close(self) -> None:
+        self.lock.close()
+        if self.db:
+            self.db.close()
+
+    def connect(self) -> None:
+        self.db = sqlite3.connect(self.path, timeout=60, isolation_level=None)
+        self.db.execute("PRAGMA page_size = 16384")
+        self.db.execute("PRAGMA journal_mode = WAL")
+        self.db.execute("PRAGMA synchronous = NORMAL")
+        if not self.db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+            self.db.executescript(f"BEGIN; {self.SCHEMA} {self.WORDS if self.has_words else ''} PRAGMA user_version = "
+                                  f"{self.VERSION}; INSERT INTO about VALUES ('{self.key}'); COMMIT")
+        if self.db.execute("PRAGMA user_version").fetchone()[0] != self.VERSION \
+                or self.db.execute("SELECT key FROM about").fetchall() != [(self.key,)]:
+            raise sqlite3.DatabaseError("it is of another version")
+
+    def update(self) -> None:
+        """Bring the index up to date with the files; encodes new content alone."""
+        fcntl.flock(self.lock, fcntl.LOCK_EX)
+        try:
+            if self.db is None:
+                self.connect()
+            before = {path: (mark, content) for path, mark, content in self.db.execute("SELECT * FROM files")}
+            now = self.read_files(before)
+            if now != before:
+                self.make_live(now)
+        finally:
+            fcntl.flock(self.lock, fcntl.LOCK_UN)
+
+    def read_files(self, before: dict[bytes, tuple[str, bytes]]) -> dict[bytes, tuple[str, bytes]]:
+        """(mark, hash) of each file, by its path; content that is new is cut, encoded and kept."""
+        files = [os.path.abspath(path) for path, _ in data.source_files(self.paths, git=True)]
+        if not files:
+            raise Problem(f"{data.listed(self.paths)}: no source files")
+        known = {content for content, in self.db.execute("SELECT hash FROM contents")}
+        now, skipped, chunk, started = {}, {}, [], time.time_ns()
+        for path in progress(files, desc="indexing", unit=" files"):
+            try:
+                mark, (old, content) = file_mark(path), before.get(os.fsencode(path), ("", b""))
+                if old != mark:
+                    language = data.language_of(path) or "unknown"
+                    content = file_hash(path, language)
+                    # it may change again within the resolution of its times: then the next search reads it too
+                    mark = mark if os.stat(path).st_mtime_ns < started - 2 * 10**9 else ""
+                    if content not in known:
+                        units = []
+                        try:
+                            units = data.cut_units(data.read_code(path, language, latin=True), language, path)
+                        except data.BadSource as reason:
+                            skipped.setdefault(str(reason), []).append(path)
+                        if file_hash(path, language) != content:
+                            continue  # it is being written: the next search reads it
+                        chunk.append((content, units))
+                        known.add(content)
+                        if sum(len(units) for _, units in chunk) >= self.CHUNK:
+                            self.keep(chunk)
+                            chunk = []
+                now[os.fsencode(path)] = mark, content
+            except OSError as error:
+                skipped.setdefault(error.strerror, []).append(path)
+        if chunk:
+            self.keep(chunk)
+        if skipped.keys() - {"empty"}:
+            info(f"{len(files):,} source files{data.describe_skipped(skipped)}")
+        return now
+
+    def keep(self, chunk: list[tuple[bytes, list[data.Unit]]]) -> None:
+        """Write content with its units and vectors, not part of the index yet."""
+        units = [unit._replace(code=data.well_formed(unit.code)) for _, some in chunk for unit in some]
+        vectors = self.model and self.model.encode([unit.code for unit in units], self.batch, self.model.ctx)
+        with self.db:
+            self.db.execute("BEGIN IMMEDIATE")
+            first, = self.db.execute("SELECT coalesce(max(number), 0) + 1 FROM units").fetchone()
+            self.db.executemany("INSERT INTO units VALUES (?, ?, ?, ?, ?)", (
+                (number, *unit[1:]) for number, unit in enumerate(units, first)))
+            for content, some in chunk:
+                own = None
+                if vectors is not None:
+                    own, vectors = vectors[:len(some)].astype(np.float16).tobytes(), vectors[len(some):]
+                self.db.execute("INSERT INTO contents VALUES (?, ?, ?, ?, NULL)", (content, first, len(some), own))
+                first += len(some)
+
+    def make_live(self, now: dict[bytes, tuple[str, bytes]]) -> None:
+        """Let these be the files, in one transaction: what none of them has goes, the words of what is new come in."""
+        with self.db:
+            self.db.execute("BEGIN IMMEDIATE")
+            self.db.execute("DELETE FROM files")
+            self.db.executemany("INSERT INTO files VALUES (?, ?, ?)", ((path, *rest) for path, rest in now.items()))
+            moved = self.db.execute("""
+                WITH own AS (SELECT hash, min(path) AS path FROM files GROUP BY hash)
+                SELECT hash, contents.path, own.path, first, count FROM contents LEFT JOIN own USING (hash)
+                WHERE contents.path IS NOT own.path OR own.path IS NULL""").fetchall()
+            for content, old, new, *span in progress(moved, desc="indexing words", unit=" files", leave=False):
+                units = self.db.execute("SELECT number, name, code FROM units WHERE number >= ? LIMIT ?",
+                                        span).fetchall()
+                for path, into in (old, "(words, rowid, text) VALUES ('delete', "), (new, "(rowid, text) VALUES ("):
+                    if path is not None and self.has_words:
+                        path = data.well_formed(os.path.relpath(os.fsdecode(path), self.top))
+                        self.db.executemany(f"INSERT INTO words {into} ?, ?)", [
+                            (number, " ".join(data.search_words(f"{path} {name} {name} {name} {code}")))
+                            for number, name, code in units])
+                if new is None:
+                    self.db.executemany("DELETE FROM units WHERE number = ?", [(number,) for number, *_ in units])
+                    self.db.execute("DELETE FROM contents WHERE hash = ?", (content,))
+                else:
+                    self.db.execute("UPDATE contents SET path = ? WHERE hash = ?", (new, content))
+
+    def answer(self, query: str, k: int) -> list[Hit]:
+        """The best k units for a query, of the files at the last update."""
+        with self.db:
+            self.db.execute("BEGIN")  # one state, whatever other processes write
+            words = self.word_scores(query)
+            units, cosines = (np.flatnonzero(words), None) if self.model is None else self.cosines(query)
+            scores = found = words[units]
+            if cosines is not None:
+                scores = standardised(cosines) + standardised(found)
+            best = np.flatnonzero(scores >= np.partition(scores, -k)[-k]) if k < len(units) else np.arange(len(units))
+            best = best[np.argsort(-scores[best], kind="stable")][:k]
+            return [self.hit(int(units[i]), float(scores[i]), (found > found[i]).sum() + 1 if found[i] else None,
+                             None if cosines is None else (cosines > cosines[i]).sum() + 1) for i in best]
+
+    def hit(self, unit: int, score: float, word_rank: int | None, vector_rank: int | None) -> Hit:
+        first, last, name, code = self.db.execute("SELECT first, last, name, code FROM units WHERE number = ?",
+                                                  (unit,)).fetchone()
+        path, = self.db.execute("SELECT path FROM contents WHERE first <= ? AND count ORDER BY first DESC LIMIT 1",
+                                (unit,)).fetchone()
+        path, here = os.fsdecode(path), os.path.join(os.getcwd(), "")
+        return Hit(path.removeprefix(here), first, last, name, score, word_rank and int(word_rank),
+                   vector_rank and int(vector_rank), code)
+
+    def word_scores(self, query: str) -> np.ndarray:
+        """BM25 of each unit, by its number, float64; 0 where no word is found."""
+        scores = np.zeros(*self.db.execute("SELECT coalesce(max(number), 0) + 1 FROM units").fetchone())
+        words = " OR ".join(f'"{word}"' for word in dict.fromkeys(data.search_words(query)))
+        if self.has_words and words:
+            found = np.fromiter(self.db.execute("SELECT rowid, -bm25(words) FROM words WHERE words MATCH ?", (words,)),
+                                np.dtype("i8, f8"))
+            scores[found["f0"]] = found["f1"]
+        return scores
+
+    def cosines(self, query: str) -> tuple[np.ndarray, np.ndarray]:
+        """The numbers of all units, int64 (n,), and their cosines with a query, float32 (n,), in blocks."""
+        q = torch.from_numpy(self.model.encode([query], ctx=self.model.ctx)[0])
+        rows = self.db.execute("SELECT first, count, vectors FROM contents WHERE path IS NOT NULL AND count "
+                               "ORDER BY first")
+        units, scores = [np.empty(0, np.int64)], [np.empty(0, np.float32)]
+        while some := rows.fetchmany(1024):
+            firsts, counts, blobs = zip(*some)
+            units += [np.arange(first, first + count) for first, count in zip(firsts, counts)]
+            vectors = torch.frombuffer(bytearray().join(blobs), dtype=torch.float16).view(-1, len(q))
+            scores.append((vectors.float() @ q).numpy())
+        units, scores = np.concatenate(units), np.concatenate(scores)
+        if len(units) != len(scores):
+            raise sqlite3.DatabaseError("vectors are missing")
+        return units, scores
+
+
+def standardised(scores: np.ndarray) -> np.ndarray:
+    """The scores less their mean, over their standard deviation; 0 if all are equal."""
+    return (scores - scores.mean()) / (scores.std() or 1) if len(scores) else scores
+
+
+def file_mark(path: str) -> str:
+    """What changes when a file does."""
+    status = os.stat(path)
+    return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
+
+
+def file_hash(path: str, language: str) -> bytes:
+    """A hash of a file's content and its language."""
+    return blake2b(Path(path).read_bytes(), digest_size=16, key=language.encode()).digest()
+
+
+def fingerprint(objective: Objective) -> str:
+    """A hash of what a model makes of a text: its weights, tokenizer and ctx."""
+    found = blake2b(json.dumps([objective.encoder.config, objective.tokenizer.text, objective.ctx]).encode())
+    for weight in objective.encoder.state_dict().values():
+        found.update(weight.detach().float().cpu().contiguous().numpy())
+    return found.hexdigest()
 
 
 # ---- kernel analysis and probes ---------------------------------------------------------------------
