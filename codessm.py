@@ -25,6 +25,7 @@ IS_PROGRAM = os.path.splitext(os.path.basename(sys.argv[0]))[0] == "codessm"
 if IS_PROGRAM and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+import gc
 import importlib.util
 import io
 import itertools
@@ -893,6 +894,7 @@ class Commands(click.Group):
                 os.fstat(descriptor)
             except OSError:
                 os.open(os.devnull, os.O_RDWR)
+        gc.freeze()  # a collection, of which parsing makes many, need not look at what torch has imported
         sys.stdin, sys.stdout = sys.stdin or open(os.devnull), sys.stdout or open(os.devnull, "w")
         stderr, sys.stderr = sys.stderr, data.QuietStream(sys.stderr)
         try:

@@ -707,7 +707,7 @@ class Index:
 
     def connect(self) -> None:
         self.db = sqlite3.connect(self.path, timeout=60, isolation_level=None)
-        self.db.execute("PRAGMA page_size = 16384")
+        self.db.execute("PRAGMA page_size = 32768")
         self.db.execute("PRAGMA journal_mode = WAL")
         self.db.execute("PRAGMA synchronous = NORMAL")
         if not self.db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
@@ -719,7 +719,11 @@ class Index:
 
     def update(self) -> None:
         """Bring the index up to date with the files; encodes new content alone."""
-        fcntl.flock(self.lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            info("waiting for another search, which is updating the index")
+            fcntl.flock(self.lock, fcntl.LOCK_EX)
         try:
             if self.db is None:
                 self.connect()
@@ -844,17 +848,19 @@ class Index:
     def cosines(self, query: str) -> tuple[np.ndarray, np.ndarray]:
         """The numbers of all units, int64 (n,), and their cosines with a query, float32 (n,), in blocks."""
         q = torch.from_numpy(self.model.encode([query], ctx=self.model.ctx)[0])
+        total, = self.db.execute("SELECT coalesce(sum(count), 0) FROM contents WHERE path IS NOT NULL").fetchone()
+        units, scores, start = np.empty(total, np.int64), np.empty(total, np.float32), 0
         rows = self.db.execute("SELECT first, count, vectors FROM contents WHERE path IS NOT NULL AND count "
                                "ORDER BY first")
-        units, scores = [np.empty(0, np.int64)], [np.empty(0, np.float32)]
-        while some := rows.fetchmany(1024):
+        while some := rows.fetchmany(64):  # few enough to stay in the processor's cache
             firsts, counts, blobs = zip(*some)
-            units += [np.arange(first, first + count) for first, count in zip(firsts, counts)]
-            vectors = torch.frombuffer(bytearray().join(blobs), dtype=torch.float16).view(-1, len(q))
-            scores.append((vectors.float() @ q).numpy())
-        units, scores = np.concatenate(units), np.concatenate(scores)
-        if len(units) != len(scores):
-            raise sqlite3.DatabaseError("vectors are missing")
+            stop = start + sum(counts)
+            vectors = np.frombuffer(bytearray().join(blobs), np.float16)
+            if len(vectors) != (stop - start) * len(q):
+                raise sqlite3.DatabaseError("vectors are missing")
+            scores[start:stop] = torch.from_numpy(vectors).view(-1, len(q)).float() @ q
+            units[start:stop] = np.concatenate([np.arange(first, first + n) for first, n in zip(firsts, counts)])
+            start = stop
         return units, scores
 
 

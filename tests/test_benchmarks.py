@@ -534,7 +534,7 @@ def test_search_of_a_source_tree():
     body = "(int a) {\n    a += 1;\n    return a;\n}\n"
     write({"broken.py": "def f(:\n",
            "a.c": f"// Adds one to\n// a number.\nint add{body}\n/* Not above. */\n\nint none{body}\n/**\n * Also adds "
-                  f"one, fast.\n *\n * More of it.\n * @param a what\n */\nint also{body}\n#include <one.h>\nint g{body}",
+                  f"one, fast.\n *\n * More.\n * @param a what\n */\nint also{body}\n#include <one.h>\nint g{body}",
            "b.go": "// Add adds a number.\n//\n// Twice.\nfunc (r *T) Add(a int) int {\n\ta++\n\treturn a\n}\n",
            "c.rb": "class C\n  # Says hello to all.\n  def hello(a)\n    puts a\n  end\nend\n"}
           | {f"m{i}.py": f"def f{i}(a):\n    '''Return a and {i}.\n\n    More.'''\n    b = a\n    return b, {i}\n"

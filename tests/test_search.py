@@ -128,9 +128,8 @@ def units_here(prefix=""):
             for unit in cut_units(Path(name).read_text(), data.language_of(name), prefix + name)]
 
 
-def index_file():
-    path, = Path("../cache/codessm").glob("*.sqlite")
-    return path
+def index_files():
+    return [*Path("../cache/codessm").glob("*.sqlite")]
 
 
 def found(query, *paths, model=None, k=99):
@@ -214,10 +213,11 @@ def test_the_index_follows_the_files(tree, model):
     changed = SOURCES["a.go"].replace("adds", "sums")
     texts, hits = encoded(lambda: Path("a.go").write_text(changed))
     assert texts == [unit.code for unit in cut_units(changed, "go")]
-    size = os.stat("a.go")
-    Path("a.go").write_text(changed.replace("sums", "mums"))  # of the same size and time
-    os.utime("a.go", ns=(size.st_atime_ns, size.st_mtime_ns))
-    assert [name for _, _, name in found("mums")] == ["Add"]
+    os.utime("a.go", (10**9, 10**9))
+    for word in ("sums", "mums"):  # of the same size and time
+        Path("a.go").write_text(changed.replace("sums", word))
+        os.utime("a.go", (10**9, 10**9))
+        assert [name for _, _, name in found(word)] == ["Add"]
     assert len(encoded(lambda: None)[0]) == 3
     assert len(encoded(lambda: os.rename("a.php", "php.js"))[0]) == 2  # another language
 
@@ -262,7 +262,7 @@ def test_odd_files(tree, capfd):
 @pytest.mark.parametrize("damage", ["cut", "noise", "foreign", "version", "text", "tables"])
 def test_a_damaged_index_is_made_anew(tree, model, capsys, damage):
     expected = found("add number", model=model)
-    path = index_file()
+    path, = index_files()
     content = path.read_bytes()
     if damage in ("foreign", "version", "tables"):
         if damage == "foreign":
@@ -282,22 +282,22 @@ def test_a_damaged_index_is_made_anew(tree, model, capsys, damage):
 def search_until(name, number, folder, model):
     """In another process: a search that dies before call `number` of a function."""
     os.chdir(folder)
-    owner = tasks.Index if hasattr(tasks.Index, name) else tasks.Objective
+    owner = next(owner for owner in (tasks.Index, tasks.Objective, data) if hasattr(owner, name))
     with before_call(owner, name, number, die):
         codessm.search("add", ".", model)
 
 
-@pytest.mark.parametrize("name, number", [
-    ("connect", 1), ("keep", 1), ("encode", 2), ("keep", 3), ("make_live", 1), ("answer", 1)])
-def test_killed_while_indexing(tree, model, monkeypatch, name, number):
+@pytest.mark.parametrize("name, numbers", [("connect", (1, 1)), ("keep", (1, 1)), ("encode", (2, 2)), ("keep", (3, 1)),
+                                           ("make_live", (1, 1)), ("search_words", (9, 9)), ("answer", (1, 1))])
+def test_killed_while_indexing(tree, model, monkeypatch, name, numbers):
     monkeypatch.setattr(tasks.Index, "CHUNK", 8)
-    for before in (False, True):  # there was an index before
-        if before:
+    for number in numbers:  # without and with an index from before
+        if index_files():
             found("add", model=model)
             Path("digits.py").write_text(DECADES.replace("number", "digit"))
             Path("a.c").unlink()
         process = multiprocessing.get_context("fork").Process(
-            target=search_until, args=(name, 1 if before else number, tree, model))
+            target=search_until, args=(name, number, tree, model))
         process.start()
         process.join(60)
         assert process.exitcode == -9
