@@ -815,12 +815,13 @@ def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> Objecti
     return tasks.restore(tasks.read(path), path, Encoder).to(device).eval()
 
 
-def search(query: str, paths: str | Sequence[str] = ".", model: Objective | None = None, k: int = 10
+def search(query: str, paths: str | os.PathLike | Sequence[str] = ".", model: Objective | None = None, k: int = 10
            ) -> list[tasks.Hit]:
     """The best k units of the source trees below `paths` for a query, as `codessm search` finds them, by BM25 alone
     without a `model`. The index is kept for the next call (see `tasks.Index`). Raises `data.Problem`.
     """
-    with closing(tasks.Index([paths] if isinstance(paths, str) else paths, model)) as index:
+    paths = [paths] if isinstance(paths, (str, os.PathLike)) else paths
+    with closing(tasks.Index([os.fspath(path) for path in paths], model)) as index:
         return index.search(query, k)
 
 
@@ -1365,12 +1366,14 @@ def embed(paths, ckpt, batch, skip_bad, max_line, device, output, restart, as_js
     rows_path = f"{output.removesuffix('.npy')}.jsonl"
     if not output.endswith(".npy"):
         raise click.UsageError(f"-o {output}: give it a name that ends in .npy")
+    if "-" in paths:
+        raise click.UsageError("standard input can be read only once, and embed reads twice: give it a file")
     for path in (output, rows_path):
         data.check_writable(path)
+        if os.path.realpath(path) in map(os.path.realpath, paths):
+            raise Problem(f"{path} would be read and written: give another -o")
         if os.path.exists(path) and not restart:
             raise Problem(f"{path} exists: --restart replaces it")
-        if any(os.path.exists(name) and os.path.exists(path) and os.path.samefile(name, path) for name in paths):
-            raise Problem(f"{path} would be read and written: give another -o")
     started, model, count = time.monotonic(), load(ckpt, choose_device(device)).frozen(), 0
     source = dict(paths=paths or ["."], skip_bad=skip_bad, longest=max_line * 10**6)
     key = data.blake2b(json.dumps([tasks.fingerprint(model), max_tokens, float16]).encode(), digest_size=8)

@@ -1999,6 +1999,12 @@ def cut_units(source: str, language: str, path: str = "") -> list[Unit]:
     return units
 
 
+def read_units(path: str) -> list[Unit]:
+    """The units of a file, with text that UTF-8 can spell; raises `BadSource`."""
+    language = language_of(path) or "unknown"
+    return cut_units(well_formed(read_code(path, language, latin=True)), language, well_formed(path))
+
+
 def python_definitions(source: str, rows: list[str]) -> Iterator[tuple[int, int, str]]:
     """(begin, end, qualified name) of the classes and functions of Python, as rows; raises `UNPARSABLE`."""
     waiting = [(parse_python(source), "")]
@@ -2088,11 +2094,9 @@ def texts_to_embed(paths: Iterable[str], skipped: dict[str, list[str]] | None = 
             yield from (row for _, row in Records(find_sources([path]), parse, **reading))
             continue
         for file, _ in source_files([path], git=True):
-            language = language_of(file) or "unknown"
             try:
-                for unit in cut_units(read_code(file, language, latin=True), language, well_formed(file)):
-                    row = unit._asdict()
-                    yield well_formed(row.pop("code")), row
+                for row in map(Unit._asdict, read_units(file)):
+                    yield row.pop("code"), row
             except BadSource as reason:
                 if skipped is not None:
                     skipped.setdefault(str(reason), []).append(file)

@@ -688,7 +688,7 @@ class Index:
                 self.update()
                 return self.answer(query, k)
             except sqlite3.DatabaseError as error:
-                if isinstance(error, sqlite3.OperationalError) and "no such" not in str(error):
+                if re.search("locked|busy|full|readonly|unable to open|I/O", str(error)):  # no fault of the file
                     raise
                 info(f"the index {self.path} is damaged or of another program ({error}): it is made anew")
                 self.db.close()
@@ -745,17 +745,16 @@ class Index:
             try:
                 mark, (old, content) = file_mark(path), before.get(os.fsencode(path), ("", b""))
                 if old != mark:
-                    language = data.language_of(path) or "unknown"
-                    content = file_hash(path, language)
+                    content = file_hash(path)
                     # it may change again within the resolution of its times: then the next search reads it too
                     mark = mark if os.stat(path).st_mtime_ns < started - 2 * 10**9 else ""
                     if content not in known:
                         units = []
                         try:
-                            units = data.cut_units(data.read_code(path, language, latin=True), language, path)
+                            units = data.read_units(path)
                         except data.BadSource as reason:
                             skipped.setdefault(str(reason), []).append(path)
-                        if file_hash(path, language) != content:
+                        if file_hash(path) != content:
                             continue  # it is being written: the next search reads it
                         chunk.append((content, units))
                         known.add(content)
@@ -773,7 +772,7 @@ class Index:
 
     def keep(self, chunk: list[tuple[bytes, list[data.Unit]]]) -> None:
         """Write content with its units and vectors, not part of the index yet."""
-        units = [unit._replace(code=data.well_formed(unit.code)) for _, some in chunk for unit in some]
+        units = [unit for _, some in chunk for unit in some]
         vectors = self.model and self.model.encode([unit.code for unit in units], self.batch, self.model.ctx)
         with self.db:
             self.db.execute("BEGIN IMMEDIATE")
@@ -875,9 +874,9 @@ def file_mark(path: str) -> str:
     return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
 
 
-def file_hash(path: str, language: str) -> bytes:
+def file_hash(path: str) -> bytes:
     """A hash of a file's content and its language."""
-    return blake2b(Path(path).read_bytes(), digest_size=16, key=language.encode()).digest()
+    return blake2b(Path(path).read_bytes(), digest_size=16, key=str(data.language_of(path)).encode()).digest()
 
 
 def fingerprint(objective: Objective) -> str:

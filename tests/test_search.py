@@ -218,6 +218,11 @@ def test_the_index_follows_the_files(tree, model):
         Path("a.go").write_text(changed.replace("sums", word))
         os.utime("a.go", (10**9, 10**9))
         assert [name for _, _, name in found(word)] == ["Add"]
+    with pytest.MonkeyPatch.context() as patch:  # within the resolution of a file's times
+        patch.setattr(tasks, "file_mark", lambda path: "the same")
+        for word in ("sums", "mums"):
+            Path("a.go").write_text(changed.replace("sums", word))
+            assert [name for _, _, name in found(word)] == ["Add"]
     assert len(encoded(lambda: None)[0]) == 3
     assert len(encoded(lambda: os.rename("a.php", "php.js"))[0]) == 2  # another language
 
@@ -465,6 +470,6 @@ def test_embed(tree, model, monkeypatch):
     says(0, [], "embed", "--ckpt", "../m.pt", "-o", "../v.npy", "--restart", "--float16", "--max-tokens", 16)
     half = np.load("../v.npy")
     assert half.dtype == np.float16 and np.allclose(half, model.encode(texts[:-2], ctx=16), atol=1e-3)
+    says(2, "only once", "embed", "-", "--ckpt", "../m.pt", "-o", "../w.npy")
     says(2, "ends in .npy", "embed", "--ckpt", "../m.pt", "-o", "../v")
-    says(2, "r.jsonl would be read and written", "embed", "../r.jsonl", "--ckpt", "../m.pt", "-o", "../r.npy",
-         "--restart")
+    says(2, "r.jsonl would be read and written", "embed", "../r.jsonl", "--ckpt", "../m.pt", "-o", "../r.npy")
