@@ -1957,7 +1957,7 @@ CONTROL = {"if", "for", "while", "switch", "catch", "return", "foreach", "match"
            "unless", "until", "using", "lock", "synchronized"}
 BY_INDENTATION = {"python", "cython", "ruby", "elixir", "erlang", "lua", "julia", "haskell", "ocaml", "fortran", "sql",
                   "shell"}
-BRACES = re.compile(r"""/\*.*?\*/|//[^\n]*|`[^`]*`|"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*'|[{}\n]""", re.DOTALL)
+BRACES = re.compile(r"""/\*.*?(?:\*/|\Z)|//[^\n]*|`[^`]*`|"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*'|[{}\n]""", re.DOTALL)
 # what goes on with the block above it
 CLOSER = re.compile(r"\s*(?:[{})\]]|(?:end|else|elif|elsif|rescue|ensure|catch|finally|when|then|do|done|fi|esac)\b)")
 COMMENT = re.compile(r"\s*(?://|/?\*|#|--|@|\[)")  # and decorators, attributes and directives
@@ -2046,11 +2046,11 @@ def brace_depths(source: str, count: int) -> list[int]:
 
 
 def block_definitions(rows: list[str], depths: list[int], by_indent: bool, begin: int, end: int, scope: str = "",
-                      calls: bool = True) -> Iterator[tuple[int, int, str]]:
+                      calls: bool = True, levels: int = 16) -> Iterator[tuple[int, int, str]]:
     """(begin, end, qualified name) of the definitions in rows[begin:end], found by how deep each row lies.
 
     A definition is a row that a name can be read from and the deeper rows below it. With `calls`, what looks like a
-    call is such a name.
+    call is such a name. At most so many `levels` of blocks are looked into.
     """
     filled = [i for i in range(begin, end) if not rows[i].isspace()]
     base = min((depths[i] for i in filled), default=0)
@@ -2063,7 +2063,7 @@ def block_definitions(rows: list[str], depths: list[int], by_indent: bool, begin
         while lead > begin and depths[lead - 1] == base and not rows[lead - 1].isspace() and (
                 COMMENT.match(rows[lead - 1]) or not by_indent and not re.search(r"[;{}:]\s*$", rows[lead - 1])):
             lead -= 1
-        header = "".join(row for row in rows[lead:inside[0]] if not COMMENT.match(row))
+        header = "".join(row for row in rows[lead:inside[0]] if not COMMENT.match(row))[:2000]
         for _ in range(2):
             header = re.sub(r"<[^<>]*>", "", header)  # of generic types
         container = CONTAINER.search(header)
@@ -2073,9 +2073,9 @@ def block_definitions(rows: list[str], depths: list[int], by_indent: bool, begin
             name = ""
         if name:
             yield lead, stop, scope + name
-        if container or "(" not in header or stop - start > LONGEST_UNIT:
+        if levels and (container or "(" not in header or stop - start > LONGEST_UNIT):
             yield from block_definitions(rows, depths, by_indent, inside[0], inside[-1] + 1,
-                                         f"{scope}{name}." if container else scope, "(" not in header)
+                                         f"{scope}{name}." if container else scope, "(" not in header, levels - 1)
 
 
 def texts_to_embed(paths: Iterable[str], skipped: dict[str, list[str]] | None = None, **reading

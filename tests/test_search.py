@@ -8,6 +8,7 @@ import re
 import shutil
 import sqlite3
 import subprocess
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -92,6 +93,15 @@ def test_no_line_is_lost():
             found = put_together(cut_units(source, language), source)
             for row, expected in zip(found, source.split("\n"), strict=True):
                 assert row == expected or not (row + expected).strip()
+
+
+@pytest.mark.parametrize("source", ["{\n" * 20_000, "/*\n" * 20_000, "a(" * 200_000 + "{\nx\n}\n", "x = `\n" * 20_001,
+                                    "class A {\n" * 3000 + "}\n" * 3000, "'" * 99_999, "\t\n" * 9999, ""])
+def test_odd_sources_take_no_time(source):
+    started = time.process_time()
+    for language in ("javascript", "ruby", "python"):
+        assert len(put_together(cut_units(source, language), source)) == source.count("\n") + 1
+    assert time.process_time() - started < 3
 
 
 def test_long_units_are_cut_into_pieces():
