@@ -850,7 +850,8 @@ OPTIONS = {
     "--vocab": integer(1, 10_000_000, help="Entries of the tokenizer to train.  [default: 32100; tiny: 4096]"),
     "--steps": integer(help="Optimizer steps, in place of --epochs."),
     "--epochs": integer(),
-    "--batch": integer(1, 2**20, help="Samples per step.  [default: 32]"),
+    "--batch": integer(1, 2**20, default=32, show_default=True,
+                       help="Samples at a time; the result does not depend on it (except for codef)."),
     "--accumulate": integer(default=1, show_default=True, help="Cut each batch into N pieces, to save memory."),
     "--lr": dict(type=click.FloatRange(0, min_open=True), metavar="RATE"),
     "--eval-every": integer(),
@@ -1169,6 +1170,7 @@ LR_HELP = "Peak learning rate.  [default: 5e-4 for base, 1e-3 small, 2e-3 tiny; 
 @click.argument("corpus", nargs=-1)
 @options(TRAINING + " --code-field --text-field",
          ctx="Tokens per sample, with special tokens.  [default: 256]", epochs="Passes over the corpus.  [default: 1]",
+         batch=dict(default=None, show_default=False, help="Samples per step.  [default: 32]"),
          lr=LR_HELP + ", with --init a tenth]",
          eval_every="Steps between evaluations.  [default: a tenth of all]",
          o=dict(default="model.pt", show_default=True, help="The checkpoint to write."))
@@ -1198,7 +1200,8 @@ def data_paths(task: str, path: str | None) -> list[str]:
          data="The folder (or file) of the benchmark as published.  [default: ./TASK]",
          ctx="Tokens per function, with special tokens.  [default: the task's]",
          epochs="Passes over the training split.  [default: the task's]",
-         lr=LR_HELP + "]", batch="Samples per step.  [default: 32; advtest, sqa, retrieval: 128]",
+         lr=LR_HELP + "]",
+         batch=dict(default=None, show_default=False, help="Samples per step.  [default: 32; of retrieval 128]"),
          eval_every="Steps between evaluations.  [default: those of an epoch]",
          o="The checkpoint to write.  [default: TASK.pt]")
 def finetune(task, **chosen):
@@ -1224,16 +1227,12 @@ def load_for(name: str, path: str, device: torch.device) -> Objective:
     return model
 
 
-BATCH = dict(default=32, show_default=True,
-             help="Samples at a time; the result does not depend on it (except for codef).")
-
-
 @cli.command(epilog="Example: codessm evaluate devign --ckpt devign.pt --split test --predictions predictions.txt")
 @click.argument("task", metavar="TASK", type=click.Choice(list(data.TASKS)))
 @options("--ckpt --data --ctx --batch --limit --skip-bad --max-line --code-field --text-field --device "
          "--compile/--no-compile --json",
          data="The folder (or file) of the benchmark; for mlm a corpus.  [default: ./TASK; mlm: the standard library]",
-         ctx="Tokens per function.  [default: as trained]", batch=BATCH)
+         ctx="Tokens per function.  [default: as trained]")
 @click.option("--split", default="test", show_default=True, type=click.Choice(data.SPLITS),
               help="The split to score; for mlm test is the whole corpus, valid the held-out part of it.")
 @click.option("--predictions", metavar="FILE", help="Write the predictions as CodeXGLUE's evaluators read them.")
@@ -1286,7 +1285,7 @@ PREDICT = 4096  # records at a time
 @cli.command(epilog="Example: codessm predict --ckpt devign.pt functions.jsonl > predictions.jsonl")
 @click.argument("files", nargs=-1)
 @options("--ckpt --ctx --batch --skip-bad --max-line --device",
-         ctx="Tokens per function.  [default: as trained]", batch=BATCH)
+         ctx="Tokens per function.  [default: as trained]")
 def predict(files, ckpt, ctx, batch, skip_bad, max_line, device):
     """Predict labels or scores for source files or JSONL.
 

@@ -429,7 +429,7 @@ def test_states_that_do_not_fit_are_refused(unfinished):
         *({"optimizer": state["optimizer"] | {"state": moments | {number: moments[number] | other}}} for other in (
             {"exp_avg": torch.zeros(1)}, {"exp_avg_sq": torch.zeros(1).expand(400, 64)}, {"step": None})))]
     ways = [(changed, [], ["model.pt.state"]) for changed in bad]
-    ways += [(state, ["--lr", 0.5, "--batch", 4], ["batch 8, lr 0.002", "batch 4, lr 0.5"]),
+    ways += [(state, ["--lr", 0.5, "--batch", 4], ["batch 8, lr 0.0002", "batch 4, lr 0.5"]),
              (state, ["--seed", 1], ["seed 0", "seed 1"]), (state, ["--steps", 13], ["steps 12", "steps 13"])]
     for content, args, named in ways:
         torch.save(content, "model.pt.state")

@@ -155,7 +155,7 @@ def test_a_run_starts_from_given_weights(small, quick, monkeypatch, functions, t
     assert cli(*command, "--vocab", 400, "-o", "a.pt")[0] == 0
     before = weights("a.pt")
     code, said = cli(*command, "--init", "a.pt", "-o", "b.pt", "--kernels", 8)
-    assert code == 0 and "8 kernels per direction" in said and "peak learning rate 5e-05" in said, said
+    assert code == 0 and "8 kernels per direction" in said and "peak learning rate 0.0002" in said, said
     assert "a.pt (codessm, 1 x 160): taken layers 0-0, bias" in said and "random nothing;" in said
     after = codessm.load("b.pt")
     assert after.tokenizer.text == codessm.load("a.pt").tokenizer.text and after.encoder.config["kernels"] == 8

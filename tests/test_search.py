@@ -198,7 +198,7 @@ def test_the_index_follows_the_files(tree, model):
     """Whatever happens to files, an index answers as a new one does, and encodes new content alone."""
     def encoded(action):
         action()
-        with before_call(tasks.Objective, "encode", 0, None) as calls:
+        with before_call(tasks.Objective, "encode", 0, None):
             texts, original = [], tasks.Objective.encode
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(tasks.Objective, "encode", lambda self, codes, *rest, **more: (
