@@ -858,6 +858,9 @@ OPTIONS = {
     "--obfuscate": dict(type=click.FloatRange(0, 1), metavar="SHARE",
                         help="Replace the names in this share of the training functions, drawn anew each epoch "
                              "(retrieval of Python).  [default: 0.5 for advtest, else 0]"),
+    "--bag-of-words": dict(type=click.FloatRange(0), metavar="WEIGHT", default=1.0, show_default=True,
+                           help="Of a second loss, by which the mean hidden state tells the words of a sample; 0 "
+                                "gives BERT's objective."),
     "--limit": integer(help="Read only the first N records of each file."),
     "--code-field": dict(metavar="NAME", help="The field with the code, if its name is not one that the README lists."),
     "--text-field": dict(metavar="NAME", help="The field with the text that describes it, likewise."),
@@ -1093,6 +1096,7 @@ def fit(settings: Settings) -> None:
                               ctx=ctx)
         objective = tasks.OBJECTIVES[data.TASKS[settings.task].kind](encoder, tokenizer, settings.task, dataset.labels,
                                                                      ctx, seed)
+        objective.bag_of_words = settings.bag_of_words
         copied = init.copy_to(objective, settings.tokenizer is None) if init and not state else ""
         del pretrained, init  # frees their memory
         objective = objective.to(device)
@@ -1168,7 +1172,7 @@ LR_HELP = "Peak learning rate.  [default: 5e-4 for base, 1e-3 small, 2e-3 tiny; 
 
 @cli.command(epilog="Example: codessm pretrain corpus.jsonl --ctx 256 --steps 10000 -o model.pt")
 @click.argument("corpus", nargs=-1)
-@options(TRAINING + " --code-field --text-field",
+@options("--bag-of-words " + TRAINING + " --code-field --text-field",
          ctx="Tokens per sample, with special tokens.  [default: 256]", epochs="Passes over the corpus.  [default: 1]",
          batch=dict(default=None, show_default=False, help="Samples per step.  [default: 32]"),
          lr=LR_HELP + ", with --init a tenth]",

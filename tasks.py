@@ -111,12 +111,16 @@ class Objective(nn.Module):
         It is sum_i p_i x_i with p = softmax_i(w . LayerNorm(x_i)), where w (d,) is `pooling`; without one, or at its
         start of 0, it is the mean. A row without a real token gives 0.
         """
-        hidden = self.encoder(ids, lengths).float()
+        return self.pool_states(self.encoder(ids, lengths), lengths)
+
+    def pool_states(self, hidden: Tensor, lengths: Tensor | None) -> Tensor:
+        """`pool` of hidden states (B, L, d)."""
+        hidden = hidden.float()
         scores = hidden.new_zeros(hidden.shape[:2])
         if self.pooling is not None:
             scores = (layer_norm(hidden, hidden.shape[-1:]) * self.pooling).sum(-1)
         if lengths is not None:
-            real = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
+            real = torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]
             hidden, scores = hidden.where(real[..., None], 0), scores.where(real, torch.finfo(scores.dtype).min)
         return (hidden * scores.softmax(1)[..., None]).sum(1)
 
@@ -160,7 +164,7 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str], batch: int = 32, ctx: int | None = None) -> np.ndarray:
-        """The mean-pooled, normalised hidden states of texts, (n, d) float32, in their order.
+        """The pooled, normalised hidden states of texts, (n, d) float32, in their order.
 
         `batch` texts are read at a time, each whole or as far as `ctx` tokens; the result does not depend on `batch`
         (but for codef).
@@ -218,8 +222,13 @@ class MLM(Objective):
     15 % of the real, ordinary tokens are predicted; of these 80 % are read as <mask>, 10 % as a random
     ordinary token, 10 % as they are. The choice is a hash of (seed, epoch, item, position).
     The head is dense, gelu, LayerNorm, then the tied embedding and a bias, at the chosen positions only.
+
+    In training a weight `bag_of_words` > 0 adds that times the mean cross-entropy of the distinct ordinary tokens of a
+    sample as it was, under softmax(32 cos(mean hidden state, embedding)) (after Ma et al. 2024, arXiv 2401.11248), so
+    that the mean of the hidden states says which words there are. A sample counts as often as it has predictions.
     """
     schedule = "cosine"
+    bag_of_words = 0.0
 
     def __init__(self, encoder: nn.Module, tokenizer: Tokenizer, name: str = "mlm", *args, **options):
         super().__init__(encoder, tokenizer, name, *args, **options)
@@ -242,12 +251,15 @@ class MLM(Objective):
         random = self.tokenizer.ordinary[(which * len(self.tokenizer.ordinary)).astype(int)]
         targets, places, ids = batch.ids[row, column].astype(np.int64), row * L + column, batch.ids.copy()
         ids[row, column] = np.where(kind < 0.8, self.tokenizer.mask, np.where(kind < 0.9, random, targets))
+        bag = {}
+        if self.training and self.bag_of_words:
+            bag = dict(words=np.where(ordinary, batch.ids, -1), counts=chosen.sum(1, dtype=np.float32))
         if self.compiled:
             # the mean and five standard deviations are enough for all but one of 10^6 batches
             most = 8 * math.ceil((0.15 * B * L + 5 * math.sqrt(0.15 * 0.85 * B * L)) / 8)
             fill = most * max(1, math.ceil(len(row) / most)) - len(row)
             places, targets = np.pad(places, (0, fill)), np.pad(targets, (0, fill), constant_values=IGNORE)
-        return to_tensors(dict(ids=ids, lengths=batch.lengths, places=places, targets=targets))
+        return to_tensors(dict(ids=ids, lengths=batch.lengths, places=places, targets=targets) | bag)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Vocabulary logits (..., vocab) of hidden states (..., d), in their dtype."""
@@ -256,8 +268,21 @@ class MLM(Objective):
     def head_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         return loss_of_logits(self.logits(hidden), targets)
 
-    def loss(self, ids: Tensor, places: Tensor, targets: Tensor, lengths: Tensor | None = None) -> Tensor:
-        return self.head_loss(self.encoder(ids, lengths).flatten(0, 1).index_select(0, places), targets)
+    def bag_loss(self, pooled: Tensor, words: Tensor, counts: Tensor) -> Tensor:
+        """The weighted loss (1,) of pooled samples (B, d), their ordinary tokens (B, L), else -1, and counts (B,)."""
+        logits = 32 * linear(normalize(pooled, dim=-1), normalize(self.encoder.embedding.weight, dim=-1)).float()
+        real = (words >= 0).float()
+        bag = torch.zeros_like(logits).scatter_add(1, words.clamp(min=0).long(), real).clamp(max=1)
+        loss = -(logits.log_softmax(-1) * bag).sum(1) / bag.sum(1).clamp(min=1)
+        return self.bag_of_words * (loss * counts).sum(0, keepdim=True)
+
+    def loss(self, ids: Tensor, places: Tensor, targets: Tensor, lengths: Tensor | None = None,
+             words: Tensor | None = None, counts: Tensor | None = None) -> Tensor:
+        hidden = self.encoder(ids, lengths)
+        sums = self.head_loss(hidden.flatten(0, 1).index_select(0, places), targets)
+        if words is None:
+            return sums
+        return torch.cat([sums[:1] + self.bag_loss(self.pool_states(hidden, lengths), words, counts), sums[1:]])
 
     @torch.no_grad()
     def fill_mask(self, text: str, k: int = 5) -> list[tuple[str, float]]:
@@ -277,7 +302,8 @@ class MLM(Objective):
 
     def compile_parts(self) -> None:
         super().compile_parts()
-        self.head_loss = torch.compile(MLM.head_loss.__get__(self), dynamic=False, fullgraph=True)
+        self.head_loss, self.bag_loss = (torch.compile(part.__get__(self), dynamic=False, fullgraph=True)
+                                         for part in (MLM.head_loss, MLM.bag_loss))
 
     def outputs(self, batches: Iterable[Batch], _split: Split | None = None) -> Tensor:
         """The sums of `loss` over all batches, float64 (3,)."""
@@ -301,7 +327,7 @@ class MLM(Objective):
 
 
 def embed(objective: Objective, batches: Iterable[Batch], items: np.ndarray) -> Tensor:
-    """The pooled hidden states of each of the sorted items (n,): (n, d) float32, on the objective's device, the same on all ranks."""
+    """The pooled hidden states of the sorted items (n,): (n, d) float32, on the device, the same on all ranks."""
     table = torch.zeros(len(items), objective.encoder.config["d"], device=next(objective.parameters()).device)
     run = Recorder(objective, partial(compute, objective, objective.pool))
     for batch in batches:
@@ -1560,6 +1586,7 @@ class Settings:
     lr: float | None = None
     eval_every: int | None = None
     obfuscate: float | None = None
+    bag_of_words: float = 0.0
     limit: int | None = None
     code_field: str | None = None
     text_field: str | None = None

@@ -11,6 +11,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import normalize
 
 import codessm
 import data
@@ -55,6 +56,28 @@ def test_masking_proportions(mlm, tokenizer):
         assert abs(share.mean() - expected) < 4 * math.sqrt(expected * (1 - expected) / count)
     random = read[chosen][~masked & ~kept]
     assert not np.isin(random, tokenizer.special).any() and len(set(random)) > 0.9 * len(tokenizer.ordinary)
+
+
+def test_bag_of_words(make_case):
+    """By its definition, a sample at a time in float64; in training alone; the same of the pieces of a batch."""
+    case = make_case("mlm", batch=6)
+    objective, tokenizer = case.objective.train(), case.objective.tokenizer
+    batch, embedding = case.train[0], normalize(objective.encoder.embedding.weight.double(), dim=-1)
+    plain = objective.loss(**objective.prepare(batch))
+    objective.bag_of_words = 0.5
+    tensors = objective.prepare(batch)
+    found, expected, counts = objective.loss(**tensors), plain[0].item(), []
+    for row, (ids, length) in enumerate(zip(batch.ids, batch.lengths)):
+        hidden = objective.encoder(tensors["ids"][row:row + 1, :length]).double()[0].mean(0)
+        words = sorted(set(ids[:length].tolist()) - set(tokenizer.special.tolist()))
+        counts.append(int((tensors["places"] // batch.ids.shape[1] == row).sum()))
+        scores = (32 * normalize(hidden, dim=0) @ embedding.T).log_softmax(-1)
+        expected -= 0.5 * counts[-1] * scores[words].mean().item()
+    assert found[0].item() == pytest.approx(expected, rel=1e-5) and (found[1:] == plain[1:]).all()
+    assert found[0] - plain[0] > 1 and len(set(counts)) > 1
+    pieces = [objective.loss(**objective.prepare(piece)) for piece in batch.pieces(3)]
+    assert torch.stack(pieces).sum(0).tolist() == pytest.approx(found.tolist(), rel=1e-5)
+    assert objective.eval().prepare(batch).keys() == tensors.keys() - {"words", "counts"}
 
 
 def test_masks_depend_on_seed_epoch_item_and_position_alone(mlm):
@@ -191,6 +214,7 @@ def test_compilations_are_as_many_as_lengths_and_modes(model, make_case, compile
     graphs = torch._dynamo.utils.counters["stats"]
     case = make_case("mlm", batch=6, d=64, model=model)
     objective, batches = case.objective, case.train
+    objective.bag_of_words = 1.0
     assert len({batch.ids.shape for batch in batches}) > 2
     assert tasks.compile_objective(objective, True)
     before = graphs["unique_graphs"]
@@ -200,7 +224,7 @@ def test_compilations_are_as_many_as_lengths_and_modes(model, make_case, compile
             batch = batches[number]
             tensors = objective.prepare(batch)
             L, masked = batch.ids.shape[1], "lengths" in tensors
-            seen |= {("layer", L, masked, training), ("head", tensors["places"].shape, training),
+            seen |= {("layer", L, masked, training), ("head", tensors["places"].shape, training), ("bag", L, training),
                      *((end, L, training) for end in (("embedding", "sum") if model == "codessm" else ("embedding",)))}
             if training:
                 stepper(batch)

@@ -128,8 +128,8 @@ def test_a_step_stays_on_its_device(model, kind, make_case, monkeypatch):
     monkeypatch.setattr(torch, "autocast", lambda *_args, **_options: nullcontext())  # it does not know this device
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda _device: False)
     case = make_case(kind, d=64, model=model)
-    objective = case.objective.to("meta")
-    objective.encoder.chunk = 16
+    objective = case.objective.to("meta").train()
+    objective.encoder.chunk, objective.bag_of_words = 16, 1.0
     tensors = {name: tensor.to("meta") for name, tensor in objective.prepare(case.train[0]).items()}
     with Devices() as devices:
         objective(tensors)[0].backward()
