@@ -858,9 +858,9 @@ OPTIONS = {
     "--obfuscate": dict(type=click.FloatRange(0, 1), metavar="SHARE",
                         help="Replace the names in this share of the training functions, drawn anew each epoch "
                              "(retrieval of Python).  [default: 0.5 for advtest, else 0]"),
-    "--bag-of-words": dict(type=click.FloatRange(0), metavar="WEIGHT", default=1.0, show_default=True,
-                           help="Of a second loss, by which the mean hidden state tells the words of a sample; 0 "
-                                "gives BERT's objective."),
+    "--bag-of-words": dict(type=click.FloatRange(0), metavar="WEIGHT", default=0.0, show_default=True,
+                           help="Of a second loss, by which the mean hidden state tells the words of a sample: 1 "
+                                "prepares for search."),
     "--limit": integer(help="Read only the first N records of each file."),
     "--code-field": dict(metavar="NAME", help="The field with the code, if its name is not one that the README lists."),
     "--text-field": dict(metavar="NAME", help="The field with the text that describes it, likewise."),
