@@ -1,7 +1,6 @@
 """Units of source files, the index and its search, vectors, and the Python interface."""
 import json
 import math
-import multiprocessing
 import os
 import random
 import re
@@ -294,9 +293,10 @@ def test_a_damaged_index_is_made_anew(tree, model, capsys, damage):
     assert found("add number", model=model) == expected and not capsys.readouterr().err
 
 
-def search_until(name, number, folder, model):
+def search_until(name, number, folder, cache, model):
     """In another process: a search that dies before call `number` of a function."""
     os.chdir(folder)
+    os.environ["XDG_CACHE_HOME"], tasks.Index.CHUNK = cache, 8
     owner = next(owner for owner in (tasks.Index, tasks.Objective, data) if hasattr(owner, name))
     with before_call(owner, name, number, die):
         codessm.search("add", ".", model)
@@ -311,8 +311,8 @@ def test_killed_while_indexing(tree, model, monkeypatch, name, numbers):
             found("add", model=model)
             Path("digits.py").write_text(DECADES.replace("number", "digit"))
             Path("a.c").unlink()
-        process = multiprocessing.get_context("fork").Process(
-            target=search_until, args=(name, number, tree, model))
+        process = forkserver.Process(target=search_until,
+                                     args=(name, number, tree, os.environ["XDG_CACHE_HOME"], model))
         process.start()
         process.join(60)
         assert process.exitcode == -9
@@ -331,15 +331,21 @@ def test_what_was_encoded_before_the_end_is_kept(tree, model, monkeypatch):
         assert len(found("add", model=model)) > 20 and len(calls) == 1  # the query
 
 
-def test_two_searches_at_once(tree, model):
+def search_often(folder, cache, expected):
+    os.chdir(folder)
+    os.environ["XDG_CACHE_HOME"] = cache
+    assert [found("number 3") for _ in range(5)] == [expected] * 5
+
+
+def test_two_searches_at_once(tree):
     """Processes that find different files, of a tree that changes meanwhile."""
-    fork, expected = multiprocessing.get_context("fork"), found("number 3")
-    processes = [fork.Process(target=lambda: [found("number 3") for _ in range(5)] == [expected] * 5 or os._exit(3))
-                 for _ in range(4)]
+    arguments = tree, os.environ["XDG_CACHE_HOME"], found("number 3")
+    processes = [forkserver.Process(target=search_often, args=arguments) for _ in range(4)]
     for process in processes:
         process.start()
     for i in range(20):
-        Path("other.c").write_text(f"int x{i};\n")
+        Path("other.c").write_text("int " + "x" * (i + 1) + ";\n")
+        time.sleep(0.1)
     for process in processes:
         process.join(60)
     assert [process.exitcode for process in processes] == [0] * 4
