@@ -21,6 +21,9 @@ import torch
 
 ROOT = Path(codessm.__file__).resolve().parent
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+# a shell ignores SIGINT for what runs in the background, nohup SIGHUP, and a run would ignore them too
+for number, handler in {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}.items():
+    signal.signal(number, handler)
 forkserver = multiprocessing.get_context("forkserver")  # imports torch, and what optimizers import, once
 forkserver.set_forkserver_preload(["codessm", "pytest", "torch._dynamo"])
 TINY = ["--size", "tiny", "--vocab", "400", "--ctx", "32", "--batch", "8"]
