@@ -908,7 +908,8 @@ def file_hash(path: str) -> bytes:
 def fingerprint(objective: Objective) -> str:
     """A hash of what a model makes of a text: its weights, tokenizer and ctx."""
     found = blake2b(json.dumps([objective.encoder.config, objective.tokenizer.text, objective.ctx]).encode())
-    for weight in objective.encoder.state_dict().values():
+    pooling = [] if objective.pooling is None else [objective.pooling]
+    for weight in (*objective.encoder.state_dict().values(), *pooling):
         found.update(weight.detach().float().cpu().contiguous().numpy())
     return found.hexdigest()
 

@@ -293,6 +293,18 @@ def test_a_damaged_index_is_made_anew(tree, model, capsys, damage):
     assert found("add number", model=model) == expected and not capsys.readouterr().err
 
 
+def test_each_model_has_its_own_index(tree, model):
+    """Whatever changes vectors: a weight of the encoder, or the weights of pooling alone."""
+    with torch.no_grad():
+        for name in ("pooling", "encoder.norm.bias"):
+            found("add", model=model)
+            before, weight = len(index_files()), model.get_parameter(name)
+            weight[0] += 3
+            found("add", model=model)
+            weight[0] -= 3
+            assert len(index_files()) == before + 1
+
+
 def search_until(name, number, folder, cache, model):
     """In another process: a search that dies before call `number` of a function."""
     os.chdir(folder)
