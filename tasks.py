@@ -137,8 +137,10 @@ class Objective(nn.Module):
         """A copy in evaluation mode that shares the weights and is valid until they change.
 
         It rounds the encoder's linear maps once, to what autocast would round them to in each batch, and makes kernels
-        once per length.
+        once per length. A frozen objective is its own copy.
         """
+        if self.encoder.kernel_cache is not None:
+            return self
         device = next(self.parameters()).device
         shared = {id(value): value for value in (*self.parameters(), *self.buffers(), self.tokenizer)}
         if bf16(device):
@@ -171,7 +173,7 @@ class Objective(nn.Module):
         """
         if not len(texts):
             return np.empty((0, self.encoder.config["d"]), np.float32)
-        model = self if self.encoder.kernel_cache is not None else self.frozen()
+        model = self.frozen()
         batches, split = self.in_batches([Example((text,), None, {}) for text in texts], "classify", batch, ctx)
         pieces = (piece for some in progress(batches, desc="encoding", leave=False, unit=" batches", unit_scale=False)
                   for piece in some.pieces(-(-some.ids.size // PIECE_TOKENS)))
@@ -189,7 +191,7 @@ class Objective(nn.Module):
         """
         if not hasattr(self, "results"):
             raise Problem("a pretrained encoder predicts nothing yet: fine-tune it first")
-        model = self if self.encoder.kernel_cache is not None else self.frozen()
+        model = self.frozen()
         examples = [text if isinstance(text, Example) else
                     Example((text,) if isinstance(text, str) else text, [data.UNK] * len(text), {}) for text in texts]
         if not examples:
@@ -421,7 +423,7 @@ class Retrieval(Objective):
     The loss is the cross-entropy of each text over the codes of the batch on all ranks, as in InfoNCE (van den Oord et
     al. 2018). A code that is the same item as a text's own, or that belongs to an equal text, is no negative. As the
     rows of a batch depend on each other, only the encoding is cut into pieces, each of which is encoded again for its
-    gradients: into --accumulate pieces, of at most `MOST_TOKENS` tokens (38 GB on a GPU at `base`).
+    gradients: into --accumulate pieces, of at most `MOST_TOKENS` tokens.
     """
     MOST_TOKENS = 2 ** 15
     fields = ("ids", "lengths", "ids2", "lengths2", "items")
@@ -683,7 +685,7 @@ class Index:
 
     def __init__(self, paths: Sequence[str], model: Objective | None = None, batch: int = 32):
         self.paths, self.batch = list(paths), batch
-        self.model = model if model is None or model.encoder.kernel_cache is not None else model.frozen()
+        self.model = model and model.frozen()
         try:
             sqlite3.connect(":memory:").execute(self.WORDS)
             self.has_words = True
