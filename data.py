@@ -1766,29 +1766,23 @@ def git_files(folder: str) -> list[str]:
     return [os.path.join(folder, name) for name in names if not VENDORED.intersection(name.split("/")[:-1])]
 
 
-def read_source(path: str, language: str) -> str:
-    """The text of a source file, at most one character more than `LARGEST_SOURCE`.
-
-    Raises OSError, and `UNPARSABLE` if it is no text in UTF-8, in UTF-16 with a byte order mark or, for Python, in its
-    declared encoding.
-    """
-    with open(path, "rb") as file:
-        encoding = "utf-16" if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
-        file.seek(0)
-        if language == "python" and encoding != "utf-16":
-            encoding = tokenize.detect_encoding(file.readline)[0]
-    with open(path, encoding=encoding) as file:
-        return file.read(LARGEST_SOURCE + 1)
-
-
 class BadSource(ValueError):
     """Why a file is left out."""
 
 
 def read_code(path: str, language: str, latin: bool = False) -> str:
-    """The text of a source file; raises `BadSource`. With `latin`, what is not UTF-8 is read as latin-1."""
+    """The text of a source file: UTF-8, UTF-16 with a byte order mark or, for Python, its declared encoding.
+
+    With `latin`, any other is read as latin-1. Raises `BadSource`.
+    """
     try:
-        source = read_source(path, language)
+        with open(path, "rb") as file:
+            encoding = "utf-16" if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+            file.seek(0)
+            if language == "python" and encoding != "utf-16":
+                encoding = tokenize.detect_encoding(file.readline)[0]
+            file.seek(0)
+            source = io.TextIOWrapper(file, encoding).read(LARGEST_SOURCE + 1)
     except OSError as error:
         raise BadSource(error.strerror) from None
     except (SyntaxError, UnicodeError, LookupError):
@@ -1900,26 +1894,33 @@ def first_line(node: ast.AST, rows: list[str]) -> int:
     return first
 
 
-def inner_statements(node: ast.AST) -> list[ast.AST]:
-    """The statements directly inside a statement."""
-    blocks = (getattr(node, name, []) for name in ("body", "handlers", "orelse", "finalbody", "cases"))
-    return [*itertools.chain(*blocks)]
+def definitions(source: str) -> Iterator[tuple[ast.AST, str]]:
+    """(node, name qualified by its classes) of each class and function of Python that is inside no other function.
+
+    Outer ones come before inner ones. Raises `UNPARSABLE`.
+    """
+    waiting = [(parse_python(source), "")]
+    while waiting:
+        node, scope = waiting.pop()
+        if isinstance(node, (ast.ClassDef, *FUNCTION)):
+            yield node, scope + node.name
+            scope += f"{node.name}."
+        if not isinstance(node, FUNCTION):
+            waiting += [(child, scope) for child in reversed([*ast.iter_child_nodes(node)])]
 
 
 def python_functions(source: str) -> Iterator[dict]:
     """Each function and method, decorators included, with its docstring apart and its indent taken off.
 
-    A function inside a function stays part of that one. A body that was only a docstring becomes `pass`.
+    A body that was only a docstring becomes `pass`. Raises `UNPARSABLE`.
     """
-    positions, waiting = Positions(source), [(parse_python(source), False)]
-    while waiting:
-        node, method = waiting.pop()
-        if not isinstance(node, FUNCTION):
-            waiting += [(child, method or isinstance(node, ast.ClassDef)) for child in reversed(inner_statements(node))]
+    positions = Positions(source)
+    for node, qualified in definitions(source):
+        if isinstance(node, ast.ClassDef):
             continue
         first = first_line(node, positions.rows)
         begin, (_, end) = positions.starts[first - 1], positions.span(node)
-        record = {"name": node.name, "line": first} | ({"method": True} if method else {})
+        record = {"name": node.name, "line": first} | ({"method": True} if "." in qualified else {})
         code, docstring = source[begin:end], ast.get_docstring(node)
         if docstring is not None:
             a, b = positions.span(node.body[0])
@@ -2007,17 +2008,11 @@ def read_units(path: str) -> list[Unit]:
 
 def python_definitions(source: str, rows: list[str]) -> Iterator[tuple[int, int, str]]:
     """(begin, end, qualified name) of the classes and functions of Python, as rows; raises `UNPARSABLE`."""
-    waiting = [(parse_python(source), "")]
-    while waiting:
-        node, scope = waiting.pop()
-        if isinstance(node, (ast.ClassDef, *FUNCTION)):
-            begin = first_line(node, rows) - 1
-            while begin and rows[begin - 1].lstrip().startswith("#"):
-                begin -= 1
-            yield begin, node.end_lineno, scope + node.name
-            scope += f"{node.name}."
-        if not isinstance(node, FUNCTION):
-            waiting += [(child, scope) for child in reversed(inner_statements(node))]
+    for node, name in definitions(source):
+        begin = first_line(node, rows) - 1
+        while begin and rows[begin - 1].lstrip().startswith("#"):
+            begin -= 1
+        yield begin, node.end_lineno, name
 
 
 def indents(rows: list[str]) -> list[int]:
