@@ -1303,15 +1303,14 @@ def predict(files, ckpt, ctx, batch, skip_bad, max_line, device):
     if not hasattr(model, "results"):
         raise Problem(f"{ckpt} is a pretrained encoder, which predicts nothing yet: fine-tune it first")
     ctx = choose_ctx(ctx, model.ctx, model.encoder, ckpt)
-    for name, examples in data.examples_to_predict(files or ["-"], model.name, skip_bad=skip_bad,
-                                                     longest=max_line * 10**6):
-        while chunk := list(itertools.islice(examples, PREDICT)):
-            for example, result in zip(chunk, model.predict(chunk, batch, ctx, name), strict=True):
-                try:
-                    json.dumps(result, allow_nan=False)
-                except ValueError:
-                    raise Problem(f"{ckpt}: {tasks.NOT_FINITE}", 1) from None
-                click.echo(json.dumps(example.record | result))
+    examples = data.examples_to_predict(files or ["-"], model.name, skip_bad=skip_bad, longest=max_line * 10**6)
+    while chunk := list(itertools.islice(examples, PREDICT)):
+        for example, result in zip(chunk, model.predict(chunk, batch, ctx), strict=True):
+            try:
+                json.dumps(result, allow_nan=False)
+            except ValueError:
+                raise Problem(f"{ckpt}: {tasks.NOT_FINITE}", 1) from None
+            click.echo(json.dumps(example.record | result))
 
 
 @cli.command("search", epilog='Example: codessm search "parse a date" src/ --ckpt retrieval.pt')

@@ -13,7 +13,6 @@ import base64
 import bz2
 import codecs
 import csv
-import errno
 import glob
 import gzip
 import html
@@ -24,7 +23,6 @@ import lzma
 import math
 import os
 import re
-import shutil
 import subprocess
 import symtable
 import sys
@@ -59,7 +57,6 @@ MAX_LINE = 16_000_000  # bytes, unless --max-line says otherwise
 MAX_FILE = 1_000_000_000  # bytes of a file that is read as a whole
 MAX_RATIO = 100  # a compressed file may unpack to this many times its size
 STANDARD_LIBRARY = sysconfig.get_paths()["stdlib"]
-STANDARD_LIBRARY_NAME = "standard library of Python"
 STARCODER = re.compile(r"\A(?:<(?:reponame|filename|gh_stars)>[^<\n]*)+\n?")
 
 
@@ -156,8 +153,7 @@ def atomic(path: str | os.PathLike) -> Iterator[BinaryIO]:
         cause = error.__context__ if type(error) is RuntimeError else error  # torch turns a failed write into one
         if isinstance(cause, OSError) and cause.filename in (None, temporary):
             left = "the file of that name is as it was" if os.path.exists(path) else "nothing was left there"
-            limit = " for `ulimit -f`" * (cause.errno == errno.EFBIG)
-            raise Problem(f"could not write {name}: {cause.strerror}{limit}; {left}", 1) from None
+            raise Problem(f"could not write {name}: {cause.strerror}; {left}", 1) from None
         raise
     directory = os.open(os.path.dirname(path), os.O_RDONLY)
     os.fsync(directory)
@@ -341,12 +337,13 @@ def find_sources(paths: Iterable[str]) -> list[Source]:
         if not found:
             if file := next(filter(None, map(find_parquet, matches)), None):
                 raise parquet(file)
-            sources = os.path.isdir(path) and any(source_files([path]))
+            if not matches:
+                raise Problem(f"{path}: no such file")
             raise Problem(f"{path}: no file of JSON lines (.jsonl, .jsonlines, .json, compressed or in a .zip)"
-                          + (f"; `codessm corpus {path} -o corpus.jsonl` makes one of the source files" if sources else
-                             ", nor a source file") if matches else f"{path}: no such file")
+                          + (f"; `codessm corpus {path} -o corpus.jsonl` makes one of the source files"
+                             if is_source(path) else ", nor a source file"))
         for name in found:
-            names.setdefault(name if name == "-" else os.path.realpath(name), name)
+            names.setdefault(os.path.realpath(name), name)
     return [member for name in names.values() for member in members(open_source(name))]
 
 
@@ -404,7 +401,7 @@ def standard_library() -> Source:
     path = os.path.join(temporary_folder().name, "standard-library.jsonl")
     with open(path, "wb") as out:
         build_corpus([STANDARD_LIBRARY], out)
-    return open_source(path)._replace(name=f"{STANDARD_LIBRARY_NAME} {sys.version.split()[0]}")
+    return open_source(path)._replace(name=f"standard library of Python {sys.version.split()[0]}")
 
 
 @dataclass
@@ -474,9 +471,7 @@ def parse_json(line: bytes) -> dict:
         raise BadLine(f"invalid UTF-8 at byte {error.start + 1} of the line") from None
     except json.JSONDecodeError as error:
         raise BadLine(f"not JSON: {error.msg.removesuffix(' at')} at column {error.colno}") from None
-    except RecursionError:
-        raise BadLine("not JSON: nested too deeply") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # a number of too many digits, brackets too deep
         raise BadLine(f"not JSON: {str(error).split(';')[0]}") from None
     if not isinstance(record, dict):
         raise BadLine(f"{JSON_KIND.get(type(record), 'a number')}, not a JSON object")
@@ -966,14 +961,6 @@ def tokenise(dataset: Dataset, tokenizer: Tokenizer, ctx: int, wanted: np.ndarra
         path = os.path.join(tempfile.gettempdir(), f"codessm-{broadcast(os.urandom(8).hex())}.tokens")
     first = world_size() == 1 or os.environ.get("LOCAL_RANK", "0") == "0"
     if first and TokenStore.open(path, key) is None:
-        if rank() > 0 and dataset.sources[0].name.startswith(STANDARD_LIBRARY_NAME):
-            theirs, dataset.sources[0] = dataset.sources[0], standard_library()  # rank 0's is on rank 0's host
-            if theirs.mark != dataset.sources[0].mark:
-                raise changed(theirs.name)
-        size = 0.8 * dataset.bytes * len(wanted) / dataset.count  # at 2.5 bytes of text a token, which takes 2 bytes
-        free = shutil.disk_usage(os.path.dirname(os.path.abspath(path))).free
-        if size > free:
-            raise Problem(f"no room for {path}: it takes about {human_bytes(size)}, {human_bytes(free)} are free", 1)
         with atomic(path) as file:
             write(file)
     all_gather(None)  # wait until it is there
@@ -1685,30 +1672,25 @@ def read_dataset(name: str, paths: list[str], wanted: Iterable[str], required: I
     return corpus
 
 
-def examples_to_predict(paths: Iterable[str], name: str, **reading) -> Iterator[tuple[str, Iterator[Example]]]:
-    """(name, examples) of each path: JSONL with fields of any known name, source files or folders; raises `Problem`.
+def examples_to_predict(paths: Iterable[str], name: str, **reading) -> Iterator[Example]:
+    """The examples of JSONL, with fields of any known name, and of source files and folders; raises `Problem`.
 
     `reading` are `skip_bad` and `longest` of `Records`.
     """
-    def examples(records: Records) -> Iterator[Example]:
-        yield from (example for _, example in records)
-        if records.bad:
-            info(records.passed_over())
-
     task = TASKS[name]
-    parse = partial(parse_example, task._replace(code=tuple(dict.fromkeys(task.code + CODE_FIELDS)),
-                                                 text=tuple(dict.fromkeys(task.text + TEXT_FIELDS))), labelled=False)
+    parse = partial(parse_example, task._replace(code=task.code + CODE_FIELDS, text=task.text + TEXT_FIELDS),
+                    labelled=False)
     for path in map(str, paths):
-        language = language_of(path)
-        folder = os.path.isdir(path) and any(source_files([path]))
-        if not language and not folder:
-            for source in find_sources([path]):
-                yield source.name, examples(Records([source], parse, **reading))
-        elif task.kind in ("pair", "retrieval") or task.kind == "tag" and language not in ("python", None):
+        if not is_source(path):
+            records = Records(find_sources([path]), parse, **reading)
+            yield from (example for _, example in records)
+            if records.bad:
+                info(records.passed_over())
+        elif task.kind in ("pair", "retrieval") or task.kind == "tag" and language_of(path) not in ("python", None):
             raise Problem(f"{path}: a model for {name} needs JSONL with lines like {TASKS[task.kind].line}"
                           + ", or Python files" * (task.kind == "tag"))
         else:
-            yield path, file_examples(path, task.kind)
+            yield from file_examples(path, task.kind)
 
 
 # ---- source trees -----------------------------------------------------------------------------------
@@ -1732,6 +1714,11 @@ UNPARSABLE = SyntaxError, ValueError, RecursionError, MemoryError, IndexError, t
 
 def language_of(path: str) -> str | None:
     return LANGUAGES.get(os.path.splitext(path)[1].lower())
+
+
+def is_source(path: str) -> bool:
+    """True for a source file, by its ending, and for a folder with one: what is not read as JSON lines."""
+    return bool(language_of(path)) or os.path.isdir(path) and any(source_files([path]))
 
 
 def source_files(paths: list[str], others: Counter | None = None, git: bool = False) -> Iterator[tuple[str, str]]:
@@ -2085,7 +2072,7 @@ def texts_to_embed(paths: Iterable[str], skipped: dict[str, list[str]] | None = 
         return code, {name: value for name, value in record.items() if name not in CODE_FIELDS}
 
     for path in map(str, paths):
-        if not language_of(path) and not (os.path.isdir(path) and any(source_files([path]))):
+        if not is_source(path):
             yield from (row for _, row in Records(find_sources([path]), parse, **reading))
             continue
         for file, _ in source_files([path], git=True):

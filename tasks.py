@@ -184,7 +184,7 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def predict(self, texts: Sequence[str | tuple[str, str] | list[str] | Example], batch: int = 32,
-                ctx: int | None = None, desc: str = "predicting") -> list[dict]:
+                ctx: int | None = None) -> list[dict]:
         """What `codessm predict` says of each text, pair of texts or, for tagging, list of words: `results` as dicts.
 
         Raises `Problem` if this model was not fine-tuned.
@@ -197,7 +197,7 @@ class Objective(nn.Module):
         if not examples:
             return []
         batches, split = self.in_batches(examples, self.kind, batch, ctx or self.ctx)
-        outputs = model.outputs(progress(batches, desc=desc, leave=False, unit=" batches", unit_scale=False), split)
+        outputs = model.outputs(progress(batches, desc="predicting", leave=False, unit=" batches", unit_scale=False), split)
         return list(self.results(outputs, split))
 
 

@@ -383,7 +383,7 @@ def test_many_entries_and_empty_texts(on_disk, entries, dtype):
 
 
 def test_a_build_that_fails_leaves_nothing(tokenizer, on_disk, monkeypatch):
-    """Interrupted, on a disk that fills up, and on one that has too little room to begin with."""
+    """Interrupted, or on a disk that fills up."""
     texts, folder = Texts("x = 1\n" * 1000, "y = 2\n" * 1000), os.path.dirname(on_disk)
     def build(*wanted):
         return ids_of(data.tokenise(texts, tokenizer, 16, np.array(wanted), path=on_disk))
@@ -392,13 +392,9 @@ def test_a_build_that_fails_leaves_nothing(tokenizer, on_disk, monkeypatch):
             build(0, 1)
         assert not os.listdir(folder)
     assert caught.value.exit_code == 1 and "model.pt.tokens: No space left" in caught.value.message
-    texts.fault, texts.passes = None, 0
-    monkeypatch.setattr(data.shutil, "disk_usage", lambda folder: SimpleNamespace(free=6000))
-    with pytest.raises(Problem, match="no room for .*model.pt.tokens") as caught:
-        build(0, 1)
-    assert caught.value.exit_code == 1 and texts.passes == 0 and not os.listdir(folder)
+    texts.fault = None
     Path(f"{on_disk}.tmp").write_bytes(bytes(1000))  # by a process that was killed
-    assert build(1)[1] and os.listdir(folder) == ["model.pt.tokens"]  # half of it has room
+    assert build(1)[1] and os.listdir(folder) == ["model.pt.tokens"]
 
 
 def test_only_the_very_same_store_is_used_again(tokenizer, on_disk):

@@ -1,14 +1,11 @@
 """Several gloo processes against one, killed workers, signals and bad data."""
 import copy
 import json
-import json.decoder
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import textwrap
 import types
 from functools import partial
 
@@ -138,29 +135,6 @@ def test_processes_compute_what_one_does(alone, cases, tokenizer, count, tmp_pat
             torch.testing.assert_close(*sides, rtol=1e-5, atol=smallest, msg=lambda text: f"{key} {name}: {text}")
     assert found["skipped"] == [(True, True)] * count and alone["skipped"] == [(True, True)]
     assert found["resumed"] == [True] * count and alone["resumed"] == [True]
-
-
-def host(folders, *args):
-    """A run as the one process of a host that has a folder and a standard library of its own."""
-    folder = folders[int(os.environ["RANK"])]
-    os.environ["LOCAL_RANK"], data.STANDARD_LIBRARY = "0", str(folder / "lib")
-    command(folder, *args)
-
-
-def test_each_host_makes_its_own_standard_library(tmp_path):
-    """Where that differs from the first host's, the run stops."""
-    folders = [tmp_path / name for name in ("host1", "host2")]
-    for folder in folders:
-        (folder / "lib").mkdir(parents=True)
-        shutil.copy(json.decoder.__file__, folder / "lib")
-        shutil.copy(textwrap.__file__, folder / "lib")
-    run = "pretrain", *TINY, "--steps", 2
-    assert ended(launch(2, host, folders, *run)) == [0, 0], (folders[0] / "0.txt").read_text()
-    assert set(os.listdir(folders[1])) == {"lib", "1.txt"}  # not its tokens either
-    with open(folders[1] / "lib" / "textwrap.py", "a") as file:
-        file.write("\ndef more():\n    return 1\n")
-    assert ended(launch(2, host, folders, *run, "--restart")) == [1, 1]
-    assert "or is not that of rank 0" in (folders[1] / "1.txt").read_text()
 
 
 # ---- nothing lost -----------------------------------------------------------------------------------
