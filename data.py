@@ -1347,6 +1347,14 @@ TABLES = {
             Tables(("Questions.csv", "Answers.csv"), ("title", "text"), "_id")]}
 
 
+class Row(NamedTuple):
+    """An example of a benchmark."""
+    split: str | None
+    texts: tuple[int, ...] | list[int] | range  # their numbers
+    label: str | None
+    name: object  # what it calls itself, for a file of predictions
+
+
 class Benchmark(Dataset):
     """The files of a benchmark as published. An item is a distinct text, or of tagging a file of words.
 
@@ -1374,10 +1382,10 @@ class Benchmark(Dataset):
         if any(self.path.name in form.files for form in forms) and self.path.is_file():
             self.path = self.path.parent
         form = next((form for form in forms if any((self.path / file).is_file() for file in form.files)), None)
-        if form:
-            self.read_tables(form)
-        else:
-            self.read_examples()
+        rows, candidates = self.read_tables(form) if form else self.read_examples()
+        for split in self.wanted:
+            if own := [row for row in rows if row.split == split]:
+                self.add_split(split, own, candidates)
         for split in self.required:
             if split not in self.splits:
                 raise self.no_split(split)
@@ -1437,17 +1445,20 @@ class Benchmark(Dataset):
         if equal := read.size - len(np.unique(read)):
             self.notes.append(f"{equal:,} texts that are equal to another are one with it")
 
-    def add_split(self, split: str, texts: np.ndarray, labels: list, names: list, candidates: dict) -> None:
-        """A split of examples of (n, k) texts, by their numbers. `candidates` are the texts that are ranked -> names.
+    def add_split(self, split: str, rows: list[Row], candidates: dict[int, object]) -> None:
+        """A split of these rows. `candidates` are the names of the texts that may be ranked.
 
         What is right for a query is right for every query with an equal text.
         """
-        examples = self.item_of[texts]
+        texts, names = np.array([row.texts for row in rows]), [row.name for row in rows]
         if self.task.kind != "retrieval":
             index = {label: number for number, label in enumerate(self.labels)}
-            labels = None if self.windows else np.array([index[label] for label in labels])
-            self.splits[split] = Split(examples, labels, names)
+            labels = None if self.windows else np.array([index[row.label] for row in rows])
+            self.splits[split] = Split(self.item_of[texts], labels, names)
             return
+        if not self.task.all_candidates:
+            candidates = {text: candidates[text] for text in texts[:, 1].tolist()}
+        examples = self.item_of[texts if split == "train" else texts[:, :2]]
         query_names = dict(zip(texts[:, 0].tolist(), names))
         queries, examples = self.item_of[list(query_names)], np.unique(examples, axis=0)
         ranked, first = np.unique(self.item_of[list(candidates)], return_index=True)
@@ -1481,13 +1492,13 @@ class Benchmark(Dataset):
         return [(split, source) for split, source in found
                 if split in (None, *self.wanted) or self.task.all_candidates]
 
-    def read_examples(self) -> None:
-        """The splits of files with an example a line."""
+    def read_examples(self) -> tuple[list[Row], dict[int, object]]:
+        """The examples of files with one a line, and of retrieval the names of all codes."""
         kind, files = self.task.kind, self.find_files()
         self.records = Records([source for _, source in files], partial(
             parse_example, self.task, obfuscated=self.obfuscated), **self.reading)
         self.sources += self.records.sources
-        digests, splits, labels, names, candidate_names = array.array("Q"), [], [], [], []
+        digests, rows, candidates = array.array("Q"), [], {}
         counts: Counter[str] = Counter()  # of the labels in the training split, where the task does not fix them
         for file, example in self.records:
             together = {"pair": sorted(example.texts), "retrieval": example.texts[1:2]}.get(kind, example.texts)
@@ -1500,24 +1511,16 @@ class Benchmark(Dataset):
                 self.records.reject(BadLine(f'the label "{example.label[:80]}" is none of those trained on, which are '
                                             f"{listed(sorted(self.labels or counts), 12)}"))
                 split = None
-            name = example.record.get("idx", example.record.get("_id", len(splits)))
-            names.append(example.record.get("url", name) if kind == "retrieval" else name)
-            candidate_names.append(name)
-            splits.append(split)
-            labels.append(example.label if kind != "tag" else None)
-            digests.extend(map(digest, example.texts) if kind != "tag" else [len(digests)])
+            first, name = len(digests), example.record.get("idx", example.record.get("_id", len(rows)))
+            digests.extend(map(digest, example.texts) if kind != "tag" else [first])
+            if kind == "retrieval":
+                candidates[first + 1], name = name, example.record.get("url", name)
+            rows.append(Row(split, range(first, len(digests)), example.label if kind != "tag" else None, name))
             self.bytes += sum(map(len, example.texts))
         self.number_items(digests)
         if kind in ("tag", "classify") and not self.labels:
             self.labels = self.find_labels(counts)
-        texts, code = np.arange(self.count).reshape(len(splits), -1), int(kind in ("retrieval", "pair"))
-        for split in self.wanted:
-            rows = [row for row, own in enumerate(splits) if own == split]
-            ranked = range(len(splits)) if self.task.all_candidates else rows
-            if rows:
-                sides = texts if split == "train" or kind != "retrieval" else texts[:, :2]
-                self.add_split(split, sides[rows], [labels[row] for row in rows], [names[row] for row in rows],
-                               {texts[row, code]: candidate_names[row] for row in ranked})
+        return rows, candidates
 
     def find_labels(self, counts: Counter[str]) -> list[str]:
         """The labels of tags and classes that the training split has so many times, or those of vocab_50000.txt."""
@@ -1543,8 +1546,8 @@ class Benchmark(Dataset):
 
     # -- tables of named texts, and lines that refer to them by their names
 
-    def read_tables(self, form: Tables) -> None:
-        """The splits of tables, and of files whose lines refer to their texts."""
+    def read_tables(self, form: Tables) -> tuple[list[Row], dict[int, object]]:
+        """The examples of tables and of files whose lines refer to their texts, and the names of the last table's."""
         kinds = {".json": ArraySource, ".csv": CSVSource}
         sources = [kinds.get(Path(file).suffix, Source)(*self.open(file)) for file in form.files]
         self.records = Records(sources, partial(parse_named, self.task, form), **self.reading | {"limit": None})
@@ -1561,24 +1564,18 @@ class Benchmark(Dataset):
             digests.append(digest(texts[0]))
             self.bytes += len(texts[0])
         self.number_items(digests)
-        candidates = {number: names[number] for number in tables[-1].values()}
         rows = self.find_rows(form, tables, labels, names)
-        for split in self.wanted:
-            own = [row for row in rows if row[0] == split][:self.reading.get("limit")]
-            if own:
-                _, texts, own_labels = zip(*own)
-                own_names = [tuple(names[text] for text in row) if self.task.kind == "pair" else names[row[0]]
-                             for row in texts]
-                self.add_split(split, np.array(texts), own_labels, own_names, candidates)
+        return rows, {number: names[number] for number in tables[-1].values()}
 
-    def find_rows(self, form: Tables, tables: list[dict[str, int]], labels: list, names: list) -> list[tuple]:
-        """(split, texts, label) of each example. `tables` are names -> texts, the others belong to the texts."""
+    def find_rows(self, form: Tables, tables: list[dict[str, int]], labels: list, names: list) -> list[Row]:
+        """The examples. `tables` are names -> texts, the others belong to the texts."""
         def hashed(text: int) -> str:
             return seeded_split(str(names[text]))
 
         if not form.split:  # StackSample: each question with its best answer, split by a hash of the question's Id
-            return [(hashed(text), (text, tables[1][name]), None) for name, text in tables[0].items()
-                    if name in tables[1]]
+            pairs = [(text, tables[1][name]) for name, text in tables[0].items() if name in tables[1]]
+            return [Row(hashed(text), (text, answer), None, names[text])
+                    for text, answer in pairs[:self.reading.get("limit")]]
 
         def parse(line: bytes) -> tuple[list[int], str | None] | None:
             string = line.decode("utf-8-sig", "replace").strip()
@@ -1607,7 +1604,8 @@ class Benchmark(Dataset):
             split = splits[file]
             if tenth and split != "test":
                 split = "valid" if hashed(texts[0]) == "valid" else "train"
-            rows.append((split, texts, label))
+            name = tuple(names[text] for text in texts) if self.task.kind == "pair" else names[texts[0]]
+            rows.append(Row(split, texts, label, name))
         self.bad += records.bad
         self.checksum = zlib.crc32(str(records.checksum).encode(), self.checksum)
         return rows
