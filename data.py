@@ -110,9 +110,8 @@ def info(message: str) -> None:
 
 def progress(iterable: Iterable | None = None, **options) -> tqdm:
     """A progress bar on standard error. It appears after two seconds and is rarely redrawn if that is a file."""
-    options = dict(delay=2, mininterval=0.5 if sys.stderr.isatty() else 20, dynamic_ncols=True,
-                   unit_scale=True, file=sys.stderr, disable=rank() > 0) | options
-    return tqdm(iterable, **options)
+    return tqdm(iterable, **dict(delay=2, mininterval=0.5 if sys.stderr.isatty() else 20, dynamic_ncols=True,
+                                 unit_scale=True, file=sys.stderr, disable=rank() > 0) | options)
 
 
 def human_bytes(count: float) -> str:
@@ -557,18 +556,13 @@ def separate_docstring(text: str, code: str) -> tuple[str, str]:
     if not key or key not in letters(code) and "\\" not in code:
         return text, code
     for found in DOCSTRING.finditer(code):
-        literal = found[2]
-        if key in letters(literal) or "\\" in literal and key in letters(literal_value(literal)):
+        literals = [found[2]]
+        if "\\" in found[2]:
+            with suppress(SyntaxError, ValueError):
+                literals.append(str(ast.literal_eval(parse_python(found[2]).body[0].value)))
+        if any(key in letters(literal) for literal in literals):
             return text, cut_literal(code, *found.span(2))
     return ("", code) if text in code else (text, code)
-
-
-def literal_value(literal: str) -> str:
-    """The value of a string literal; the literal itself if it is none."""
-    try:
-        return str(ast.literal_eval(parse_python(literal).body[0].value))
-    except (SyntaxError, ValueError):
-        return literal
 
 
 def cut_literal(code: str, begin: int, end: int) -> str:
@@ -2088,7 +2082,7 @@ def file_examples(path: str, kind: str) -> Iterator[Example]:
         texts, record = [source], {"path": os.path.join(path, relative) if os.path.isdir(path) else path}
         if kind == "tag":
             try:
-                texts = record["tokens"] = typed_tokens(source, always=True)[0]
+                texts = record["tokens"] = typed_tokens(source)[0]
             except UNPARSABLE as error:
                 raise Problem(f"{record['path']}: not Python that parses ({error or type(error).__name__})") from None
         if texts:  # of Python that is comments alone there is no token
@@ -2423,17 +2417,13 @@ def locate_name(node: ast.AST, name: str, code: str, positions: Positions) -> in
     return found.start() if found else -1
 
 
-def typed_tokens(source: str, always: bool = False) -> tuple[list[str], list[str | None], list[tuple[int, int]]]:
+def typed_tokens(source: str) -> tuple[list[str], list[str | None], list[tuple[int, int]]]:
     """The tokens of Python source without annotations, the annotated type of each, and where functions begin and end.
 
     An annotation labels the name of the parameter, variable or function (of an attribute its last token). Left out are
-    comments, layout and, from the spans, functions inside functions. A file without annotations gives nothing, unless
-    `always`. Raises `UNPARSABLE`.
+    comments, layout and, from the spans, functions inside functions. Raises `UNPARSABLE`.
     """
     tree, positions = parse_python(source), Positions(source)
-    typed = [node for node in ast.walk(tree) if getattr(node, "annotation", None) or getattr(node, "returns", None)]
-    if not typed and not always:
-        return [], [], []
     tokens, starts = positions.tokens()
     labels: list[str | None] = [None] * len(tokens)
     annotation_tokens: set[int] = set()
@@ -2442,8 +2432,10 @@ def typed_tokens(source: str, always: bool = False) -> tuple[list[str], list[str
         """The numbers of a node's first token and of the token after its last."""
         return tuple(np.searchsorted(starts, positions.span(node)).tolist())
 
-    for node in typed:
-        annotation = node.returns if isinstance(node, FUNCTION) else node.annotation
+    for node in ast.walk(tree):
+        annotation = getattr(node, "returns" if isinstance(node, FUNCTION) else "annotation", None)
+        if annotation is None:
+            continue
         first, last = token_span(annotation)
         while tokens[first].string not in (":", "->"):  # parentheses around it
             first -= 1
@@ -2484,22 +2476,25 @@ def build_benchmark(task: str, paths: list[str], folder: str) -> None:
     for file in sorted(os.listdir(folder)) if os.path.exists(folder) else ():
         if re.fullmatch(r"(train\d*|valid|test)\.jsonl(\.gz)?|vocab_50000\.txt", file):
             raise Problem(f"{os.path.join(folder, file)} exists: remove it, or give another -o")
-    records: dict[int, tuple[str, dict, str | list | None]] = {}  # digest of what duplicates share -> (path, ...)
+    records: dict[str, list[tuple[dict, str | list | None]]] = {}  # by the path of their file
+    seen: set[int] = set()  # digests of what duplicates share
     for source, language, path in read_sources(paths, () if task == "search" else ["python"]):
-        for shared, record, extra in benchmark_records(task, source, path, language):
-            records.setdefault(digest(shared), (path, record, extra))
-    files = sorted({path for path, _, _ in records.values()}, key=digest)
+        for shared, *record in benchmark_records(task, source, path, language):
+            if (shared := digest(shared)) not in seen:
+                seen.add(shared)
+                records.setdefault(path, []).append(record)
+    files = sorted(records, key=digest)
     what, reason = ("annotations", "with types in no function of their own") if task == "typeinf" else \
         ("functions with docstrings", "whose names cannot be replaced")
     if len(files) < 3:
         raise Problem(f"{', '.join(paths)}: only {len(files)} files with {what}: three splits need more")
     tenth = max(1, len(files) // 10)
-    parts = {"train": set(files[2 * tenth:]), "valid": set(files[tenth:2 * tenth]), "test": set(files[:tenth])}
+    parts = {"train": files[2 * tenth:], "valid": files[tenth:2 * tenth], "test": files[:tenth]}
     os.makedirs(folder, exist_ok=True)
     split_of: dict[int, str] = {}  # the text of a function -> the first split that has it
     for split, part in parts.items():
-        own = sorted((record for record in records.values() if record[0] in part), key=lambda record: digest(record[0]))
-        rows = [row for _, record, extra in own if (row := finish_record(split, split_of, record, extra))]
+        own = [record for path in part for record in records[path]]
+        rows = [row for record in own if (row := finish_record(split, split_of, *record))]
         with atomic(os.path.join(folder, f"{split}.jsonl")) as out:
             for number, row in enumerate(rows):
                 row = row | {"idx": number} if task == "advtest" else row
