@@ -1401,7 +1401,7 @@ def embed(paths, ckpt, batch, skip_bad, max_line, device, output, restart, as_js
             else:
                 info(f"going on from row {done:,} of {count:,}")
             bar.update(done)
-            texts = itertools.islice(data.texts_to_embed(**source), done, None)
+            texts = itertools.islice(data.texts_to_embed(skipped={}, **source), done, None)
             while chunk := [text for text, _ in itertools.islice(texts, tasks.Index.CHUNK)]:
                 file.write(model.encode(chunk, batch, max_tokens).astype(dtype).tobytes())
                 file.flush()

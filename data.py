@@ -936,7 +936,8 @@ def tokenise(dataset: Dataset, tokenizer: Tokenizer, ctx: int, wanted: np.ndarra
     """The tokens of the wanted items (sorted), kept at `path`, or without one for this run of the program alone.
 
     Local rank 0 of each host tokenises once, in constant memory, while the others wait. A small data set stays in
-    memory. A file that an earlier run made of the very same is used again. Raises `Problem`, also if the disk is full.
+    memory. A file that an earlier run made of the very same is used again. The splits of a data set of files of words
+    become splits of windows. Raises `Problem`, also if the disk is full or a split has no window.
     """
     parts = [dataset.checksum, dataset.reading, dataset.labels, dataset.count, dataset.bytes, tokenizer.text, ctx,
              whole, len(wanted), zlib.crc32(wanted.tobytes())]
@@ -949,27 +950,21 @@ def tokenise(dataset: Dataset, tokenizer: Tokenizer, ctx: int, wanted: np.ndarra
 
     if world_size() == 1 and dataset.bytes < IN_MEMORY:
         write(file := io.BytesIO())
-        return number_windows(dataset, TokenStore(np.frombuffer(file.getbuffer(), np.uint8)))
-    temporary = path is None
-    if temporary:
-        path = os.path.join(tempfile.gettempdir(), f"codessm-{broadcast(os.urandom(8).hex())}.tokens")
-    first = world_size() == 1 or os.environ.get("LOCAL_RANK", "0") == "0"
-    if first and TokenStore.open(path, key) is None:
-        with atomic(path) as file:
-            write(file)
-    all_gather(None)  # wait until it is there
-    store = TokenStore.open(path, key)
-    if store is None:
-        raise Problem("the files of this host are not those of rank 0: every host needs the same")
-    all_gather(None)  # wait until every rank has opened it
-    if first and temporary:
-        os.remove(path)
-    return number_windows(dataset, store)
-
-
-def number_windows(dataset: Dataset, store: TokenStore) -> TokenStore:
-    """Replace the files of words in the splits by their windows in the store; raises `Problem` if there are none."""
-    for name, split in dataset.splits.items() if dataset.windows else ():
+        store = TokenStore(np.frombuffer(file.getbuffer(), np.uint8))
+    else:
+        name = path or os.path.join(tempfile.gettempdir(), f"codessm-{broadcast(os.urandom(8).hex())}.tokens")
+        first = world_size() == 1 or os.environ.get("LOCAL_RANK", "0") == "0"
+        if first and TokenStore.open(name, key) is None:
+            with atomic(name) as file:
+                write(file)
+        all_gather(None)  # wait until it is there
+        store = TokenStore.open(name, key)
+        if store is None:
+            raise Problem("the files of this host are not those of rank 0: every host needs the same")
+        all_gather(None)  # wait until every rank has opened it
+        if first and path is None:
+            os.remove(name)
+    for name, split in dataset.splits.items() if dataset.windows else ():  # of files of words
         windows = np.flatnonzero(np.isin(store.files, split.examples))
         if not len(windows):
             raise Problem(f"the {name} split has no labelled token")
@@ -1294,7 +1289,7 @@ class CSVSource(Source):
         with open(self.path, encoding="latin-1", newline="") as file:
             rows = csv.reader(iter(partial(file.readline, longest + 1), ""), strict=True)
             try:
-                header = [column.removeprefix("\xef\xbb\xbf") for column in next(rows, [])]  # a byte order mark
+                header = next(rows, [])
                 missing = [column for column in columns if column not in header]
                 if missing:
                     raise Problem(f"{self.name}:1: no column {missing[0]}; there are {listed(header, 12) or 'none'}")
@@ -1979,10 +1974,15 @@ def cut_units(source: str, language: str, path: str = "") -> list[Unit]:
     return units
 
 
-def read_units(path: str) -> list[Unit]:
-    """The units of a file, with text that UTF-8 can spell; raises `BadSource`."""
+def read_units(path: str, skipped: dict[str, list[str]]) -> list[Unit]:
+    """The units of a file, with text that UTF-8 can spell; of one that is left out none, and its path joins `skipped`.
+    """
     language = language_of(path) or "unknown"
-    return cut_units(well_formed(read_code(path, language, latin=True)), language, well_formed(path))
+    try:
+        return cut_units(well_formed(read_code(path, language, latin=True)), language, well_formed(path))
+    except BadSource as reason:
+        skipped.setdefault(str(reason), []).append(path)
+        return []
 
 
 def python_definitions(source: str, rows: list[str]) -> Iterator[tuple[int, int, str]]:
@@ -2052,8 +2052,7 @@ def block_definitions(rows: list[str], depths: list[int], by_indent: bool, begin
                                          f"{scope}{name}." if container else scope, "(" not in header, levels - 1)
 
 
-def texts_to_embed(paths: Iterable[str], skipped: dict[str, list[str]] | None = None, **reading
-                   ) -> Iterator[tuple[str, dict]]:
+def texts_to_embed(paths: Iterable[str], skipped: dict[str, list[str]], **reading) -> Iterator[tuple[str, dict]]:
     """(text, what it is) of each unit of source files or record of JSONL; raises `Problem`.
 
     `skipped` gets the files that are left out, by the reason; `reading` are `skip_bad` and `longest` of `Records`.
@@ -2068,12 +2067,8 @@ def texts_to_embed(paths: Iterable[str], skipped: dict[str, list[str]] | None = 
             yield from (row for _, row in Records(find_sources([path]), parse, **reading))
             continue
         for file, _ in source_files([path], git=True):
-            try:
-                for row in map(Unit._asdict, read_units(file)):
-                    yield row.pop("code"), row
-            except BadSource as reason:
-                if skipped is not None:
-                    skipped.setdefault(str(reason), []).append(file)
+            for row in map(Unit._asdict, read_units(file, skipped)):
+                yield row.pop("code"), row
 
 
 def file_examples(path: str, kind: str) -> Iterator[Example]:

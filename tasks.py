@@ -777,11 +777,7 @@ class Index:
                     # it may change again within the resolution of its times: then the next search reads it too
                     mark = mark if os.stat(path).st_mtime_ns < started - 2 * 10**9 else ""
                     if content not in known:
-                        units = []
-                        try:
-                            units = data.read_units(path)
-                        except data.BadSource as reason:
-                            skipped.setdefault(str(reason), []).append(path)
+                        units = data.read_units(path, skipped)
                         if file_hash(path) != content:
                             continue  # it is being written: the next search reads it
                         chunk.append((content, units))

@@ -115,7 +115,7 @@ GOOD = {"devign": {"func": "f", "target": 1}, "diversevul": {"func": "f", "targe
     ("sqa", "queries.jsonl", [{"_id": "q0", "text": " "}], [":1: the text"]),
     ("typeinf", "vocab_50000.txt", ["number"], [":1: the first line of a vocabulary of types is UNK"]),
     ("typeinf", "vocab_50000.txt", ["UNK", "any", "T", "T"], [": 'T'"]),
-    ("stacksample", "Answers.csv", '\xef\xbb\xbfId,ParentId,Score,Body\n1,2,3,"open\n', [":2: unexpected end"]),
+    ("stacksample", "Answers.csv", 'Id,ParentId,Score,Body\n1,2,3,"open\n', [":2: unexpected end"]),
     ("stacksample", "Answers.csv", "Id,ParentId,Score,Body\n1,2,3\n", [":2: 3 columns"]),
     ("stacksample", "Answers.csv", "Id,ParentId,Body\n", [":1: no column Score"]),
     ("stacksample", "Answers.csv", "Id,ParentId,Score,Body\n1,2,x,y\n", [':2: the score "x"']),
