@@ -1946,29 +1946,28 @@ def cut_units(source: str, language: str, path: str = "") -> list[Unit]:
     likewise, at definitions found by braces or indentation.
     """
     rows = io.StringIO(source, newline="").readlines()
-    try:
-        definitions = list(python_definitions(source, rows)) if language == "python" else None
-    except UNPARSABLE:
-        definitions = None
-    if definitions is None:
+    found = None
+    if language == "python":
+        with suppress(*UNPARSABLE):
+            found = list(python_definitions(source, rows))
+    if found is None:
         depths = indents(rows) if language in BY_INDENTATION else brace_depths(source, len(rows))
-        definitions = block_definitions(rows, depths, language in BY_INDENTATION, 0, len(rows))
-    owners = [(0, "")] * len(rows)
-    for number, (begin, end, name) in enumerate(definitions, 1):  # inner ones come after outer ones
+        found = block_definitions(rows, depths, language in BY_INDENTATION, 0, len(rows))
+    owners = [(0, "")] * len(rows)  # (number, name) of the innermost definition around each row
+    for number, (begin, end, name) in enumerate(found, 1):  # inner ones come after outer ones
         owners[begin:end] = [(number, name)] * (end - begin)
-    runs: list[tuple[int, int, str]] = []
-    for (_, name), some in itertools.groupby(range(len(rows)), key=owners.__getitem__):
-        begin, *rest = some
-        end = rest[-1] + 1 if rest else begin + 1
-        if runs and all(row.isspace() or CLOSER.match(row) for row in rows[begin:end]):  # the end of a class
-            runs[-1] = (runs[-1][0], end, runs[-1][2])
+    runs: list[tuple[str, list[int]]] = []  # (name, rows) of each unit
+    for (_, name), numbers in itertools.groupby(range(len(rows)), key=owners.__getitem__):
+        run = list(numbers)
+        if runs and all(rows[i].isspace() or CLOSER.match(rows[i]) for i in run):  # the end of a class
+            runs[-1][1].extend(run)
         else:
-            runs.append((begin, end, name))
+            runs.append((name, run))
     units = []
-    for begin, end, name in runs:
-        step = PIECE if end - begin > LONGEST_UNIT else LONGEST_UNIT
-        for start in range(begin, end, step):
-            filled = [i for i in range(start, min(start + step, end)) if not rows[i].isspace()]
+    for name, run in runs:
+        step = PIECE if len(run) > LONGEST_UNIT else LONGEST_UNIT
+        for start in range(0, len(run), step):
+            filled = [i for i in run[start:start + step] if not rows[i].isspace()]
             if filled:
                 units.append(Unit(path, filled[0] + 1, filled[-1] + 1, name, "".join(rows[filled[0]:filled[-1] + 1])))
     return units
@@ -2137,7 +2136,6 @@ class DataFlow(ast.NodeVisitor):
         self.jumps = {ast.Break: [], ast.Continue: []}  # what reaches each of those of the current loop
         self.edges: set[tuple[ast.AST, ast.AST]] = set()
         self.uses: set[ast.Name] = set()
-        self.loops = 0  # around the current place
 
     def generic_visit(self, node: ast.AST) -> None:
         first = [name for name in EVALUATED_FIRST if name in node._fields]
@@ -2192,13 +2190,12 @@ class DataFlow(ast.NodeVisitor):
         around, self.jumps = self.jumps, {ast.Break: [], ast.Continue: []}
         test, target = getattr(node, "test", None), getattr(node, "target", None)
         self.visit_all(test or node.iter)
-        self.loops += 1
-        for _ in range(2 if self.loops <= 6 else 1):  # the second time with what the first has defined
+        for _ in range(2):  # the second time with what the first has defined
             before = dict(self.definitions)
             self.visit_all([target, *node.body])
             self.join([before, self.definitions, *self.jumps[ast.Continue]])
             self.visit_all(test)
-        breaks, self.jumps, self.loops = self.jumps[ast.Break], around, self.loops - 1
+        breaks, self.jumps = self.jumps[ast.Break], around
         self.visit_all(node.orelse)
         self.join([self.definitions, *breaks])
 
@@ -2516,7 +2513,7 @@ def finish_record(split: str, split_of: dict[int, str], record: dict, extra: str
     return record if any(labels) else None
 
 
-def benchmark_records(task: str, source: str, path: str, language: str = "python"
+def benchmark_records(task: str, source: str, path: str, language: str
                       ) -> Iterator[tuple[str, dict, str | list | None]]:
     """(what duplicates share, record, code outside train or `typed_tokens` spans) of what a file that parses holds."""
     with suppress(*UNPARSABLE):
