@@ -244,16 +244,18 @@ class Source(NamedTuple):
         except (OSError, EOFError, KeyError, RuntimeError, zlib.error, lzma.LZMAError, zipfile.BadZipFile) as error:
             raise Problem(f"{self.name}: {getattr(error, 'strerror', None) or f'not a whole file ({error})'}") from None
 
-    def lines(self, longest: int = MAX_LINE) -> Iterator[tuple[int, "bytes | BadLine", int]]:
-        """(line number from 1, line, position in the file) of each line that is not blank; raises `Problem`.
+    def lines(self, longest: int, bar: tqdm) -> Iterator[tuple[int, "bytes | BadLine"]]:
+        """(line number from 1, line) of each line that is not blank; raises `Problem`.
 
         A line of more than `longest` bytes comes as a `BadLine`. A bomb (see `MAX_RATIO`) or a changed file is refused.
+        `bar` shows how much of the file is read.
         """
-        number, unpacked, line = 0, 0, b""
+        start, number, unpacked, line = bar.n, 0, 0, b""
         with self.open() as (stream, file):
             self.check_unchanged(file)
             while (part := stream.readline(longest + 1)) or line:
                 unpacked, position = unpacked + len(part), file.tell()
+                bar.update(start + position - bar.n)
                 if unpacked > longest + MAX_RATIO * position:
                     raise Problem(f"{self.name}: unpacks to more than {MAX_RATIO} times its size: unpack it yourself")
                 line = line or part
@@ -261,10 +263,9 @@ class Source(NamedTuple):
                     continue  # a line that is too long goes on
                 number += 1
                 if len(line.rstrip(b"\n")) > longest:
-                    error = BadLine(f"a line of more than {human_bytes(longest)} (--max-line takes longer ones)")
-                    yield number, error, position
+                    yield number, BadLine(f"a line of more than {human_bytes(longest)} (--max-line takes longer ones)")
                 elif not line.isspace():
-                    yield number, line, position
+                    yield number, line
                 line = b""
             self.check_unchanged(file)
 
@@ -422,8 +423,8 @@ class Records:
         total = sum(os.path.getsize(path) for path in {source.path for source in self.sources})
         with progress(total=total, desc="reading records", unit="B") as bar:
             for place, self.source in enumerate(self.sources):
-                read, done = 0, bar.n
-                for self.line_number, line, position in self.source.lines(self.longest):
+                read = 0
+                for self.line_number, line in self.source.lines(self.longest, bar):
                     if read == self.limit:
                         break
                     try:
@@ -434,7 +435,6 @@ class Records:
                     except BadLine as error:
                         self.reject(error)
                         continue
-                    bar.update(done + position - bar.n)
                     if parsed is not None:
                         read += 1
                         yield place, parsed
@@ -1268,7 +1268,7 @@ def seeded_split(key: str) -> str:
 class ArraySource(Source):
     """A file that is one JSON array of objects, read as one line an object, with its position as `idx`."""
 
-    def lines(self, longest: int = MAX_LINE) -> Iterator[tuple[int, bytes | BadLine, int]]:
+    def lines(self, _longest: int, _bar: tqdm) -> Iterator[tuple[int, bytes | BadLine]]:
         try:
             elements = json.loads(read_text(self.path))
             if not isinstance(elements, list) or not all(isinstance(element, dict) for element in elements):
@@ -1276,13 +1276,13 @@ class ArraySource(Source):
         except (ValueError, RecursionError) as error:
             raise Problem(f"{self.name}: not JSON as published: {error}") from None
         for number, element in enumerate(elements):
-            yield number + 1, json.dumps(element | {"idx": number}).encode(), 0
+            yield number + 1, json.dumps(element | {"idx": number}).encode()
 
 
 class CSVSource(Source):
     """A table of StackSample (latin-1, HTML) as JSON lines without blank answers; an answer's _id is its question's."""
 
-    def lines(self, longest: int = MAX_LINE) -> Iterator[tuple[int, bytes | BadLine, int]]:
+    def lines(self, longest: int, _bar: tqdm) -> Iterator[tuple[int, bytes | BadLine]]:
         answers = os.path.basename(self.path) == "Answers.csv"
         columns = ("ParentId", "Score", "Body") if answers else ("Id", "Title", "Body")
         csv.field_size_limit(longest)
@@ -1297,13 +1297,13 @@ class CSVSource(Source):
                     row = dict(zip(header, values))
                     text = plain_text(row.get("Body", ""))
                     if len(values) != len(header):
-                        yield rows.line_num, BadLine(f"{len(values)} columns, the header has {len(header)}"), 0
+                        yield rows.line_num, BadLine(f"{len(values)} columns, the header has {len(header)}")
                     elif answers and not re.fullmatch(r"-?\d{1,9}", row["Score"]):
-                        yield rows.line_num, BadLine(f'the score "{row["Score"][:80]}" is no number'), 0
+                        yield rows.line_num, BadLine(f'the score "{row["Score"][:80]}" is no number')
                     elif text or not answers:
                         record = {"_id": row[columns[0]], "title": row.get("Title"), "text": text,
                                   "score": int(row["Score"]) if answers else None}
-                        yield rows.line_num, json.dumps(record).encode(), 0
+                        yield rows.line_num, json.dumps(record).encode()
             except csv.Error as error:
                 raise Problem(f"{self.name}:{rows.line_num}: {error}") from None
 
@@ -1732,11 +1732,11 @@ def source_files(paths: list[str], others: Counter | None = None, git: bool = Fa
 def git_files(folder: str) -> list[str]:
     """The files below a folder that git tracks or would add, but vendored ones; none where git has nothing to say."""
     try:
-        listed = subprocess.run(["git", "-C", folder, "ls-files", "-co", "--exclude-standard", "--deduplicate", "-z"],
+        output = subprocess.run(["git", "-C", folder, "ls-files", "-co", "--exclude-standard", "--deduplicate", "-z"],
                                 capture_output=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):  # there is no git, or no checkout
         return []
-    names = sorted(map(os.fsdecode, listed.split(b"\0")[:-1]))
+    names = sorted(map(os.fsdecode, output.split(b"\0")[:-1]))
     return [os.path.join(folder, name) for name in names if not VENDORED.intersection(name.split("/")[:-1])]
 
 
@@ -2392,10 +2392,10 @@ def obfuscate(code: str, method: bool = False) -> str | None:
                     [after if v == name else v for v in getattr(node, field_name)])
     for start, name, after in sorted(edits, reverse=True):
         code = code[:start] + after + code[start + len(name):]
-    try:
-        return code if ast.dump(parse_python(code)) == ast.dump(tree) else None
-    except (SyntaxError, ValueError):
-        return None
+    with suppress(SyntaxError, ValueError):
+        if ast.dump(parse_python(code)) == ast.dump(tree):
+            return code
+    return None
 
 
 def locate_name(node: ast.AST, name: str, code: str, positions: Positions) -> int:
