@@ -382,10 +382,12 @@ def walk(root: str, skipped: Callable[[str, str], bool] = lambda folder, name: F
     seen = set()
     for folder, folders, files in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
-        folders[:] = [] if real in seen else sorted(f for f in folders if visible(f) and not skipped(folder, f))
-        if real not in seen:
-            seen.add(real)
-            yield from (os.path.join(folder, file) for file in sorted(files) if visible(file))
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if visible(name) and not skipped(folder, name))
+        yield from (os.path.join(folder, file) for file in sorted(files) if visible(file))
 
 
 def is_log(path: str) -> bool:
@@ -2117,12 +2119,6 @@ def token_paths(tree: ast.AST, positions: Positions, starts: list[int]) -> list[
     return [path if own_node else (*path, next(count)) for path, own_node in zip(paths, whole)]
 
 
-def tree_distance(a: tuple[int, ...], b: tuple[int, ...]) -> int:
-    """The edges between two tokens in the syntax tree, from their paths."""
-    common = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
-    return len(a) + len(b) - 2 * common
-
-
 class DataFlow(ast.NodeVisitor):
     """Collects `edges`, (definition, use) nodes: a variable to the uses that it reaches on a way through the code.
 
@@ -2258,10 +2254,12 @@ def relations(code: str, wanted: Iterable[str] = tuple(RELATIONS)) -> Relations:
     pairs: dict[str, list[tuple[int, int, int]]] = {name: [] for name in RELATIONS}
     in_tree = {"distance", "siblings"}.intersection(wanted)
     for i, j in itertools.combinations(range(len(tokens)), 2) if in_tree else ():
-        distance = tree_distance(paths[i], paths[j])
+        a, b = paths[i], paths[j]
+        common = next((depth for depth, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+        distance = len(a) + len(b) - 2 * common
         if 2 <= distance <= 6:
             pairs["distance"].append((i, j, distance - 2))
-        pairs["siblings"].append((i, j, int(paths[i][:-1] == paths[j][:-1])))
+        pairs["siblings"].append((i, j, int(a[:-1] == b[:-1])))
     flow = DataFlow()
     flow.visit(tree)
     number = {start: i for i, start in enumerate(starts)}
