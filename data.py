@@ -1870,12 +1870,9 @@ def first_line(node: ast.AST, rows: list[str]) -> int:
     return first
 
 
-def definitions(source: str) -> Iterator[tuple[ast.AST, str]]:
-    """(node, name qualified by its classes) of each class and function of Python that is inside no other function.
-
-    Outer ones come before inner ones. Raises `UNPARSABLE`.
-    """
-    waiting = [(parse_python(source), "")]
+def definitions(tree: ast.Module) -> Iterator[tuple[ast.AST, str]]:
+    """(node, name qualified by its classes) of each class and function that is inside no function, in their order."""
+    waiting = [(tree, "")]
     while waiting:
         node, scope = waiting.pop()
         if isinstance(node, (ast.ClassDef, *FUNCTION)):
@@ -1891,7 +1888,7 @@ def python_functions(source: str) -> Iterator[dict]:
     A body that was only a docstring becomes `pass`. Raises `UNPARSABLE`.
     """
     positions = Positions(source)
-    for node, qualified in definitions(source):
+    for node, qualified in definitions(parse_python(source)):
         if isinstance(node, ast.ClassDef):
             continue
         first = first_line(node, positions.rows)
@@ -1988,7 +1985,7 @@ def read_units(path: str, skipped: dict[str, list[str]]) -> list[Unit]:
 
 def python_definitions(source: str, rows: list[str]) -> Iterator[tuple[int, int, str]]:
     """(begin, end, qualified name) of the classes and functions of Python, as rows; raises `UNPARSABLE`."""
-    for node, name in definitions(source):
+    for node, name in definitions(parse_python(source)):
         begin = first_line(node, rows) - 1
         while begin and rows[begin - 1].lstrip().startswith("#"):
             begin -= 1
@@ -2440,11 +2437,8 @@ def typed_tokens(source: str) -> tuple[list[str], list[str | None], list[tuple[i
             labelled = token_span(node.target)[1] - 1
         labels[labelled] = well_formed(ast.unparse(annotation))
     left = [i for i in range(len(tokens)) if i not in annotation_tokens]
-    functions: list[tuple[int, int]] = []
-    for begin, end in sorted(token_span(node) for node in ast.walk(tree) if isinstance(node, FUNCTION)):
-        begin, end = np.searchsorted(left, (begin, end)).tolist()
-        if not functions or begin >= functions[-1][1]:
-            functions.append((begin, end))
+    functions = [tuple(np.searchsorted(left, token_span(node)).tolist()) for node, _ in definitions(tree)
+                 if isinstance(node, FUNCTION)]
     return [well_formed(tokens[i].string) for i in left], [labels[i] for i in left], functions
 
 
