@@ -1774,7 +1774,7 @@ def read_code(path: str, language: str, latin: bool = False) -> str:
         raise BadSource("NUL characters")
     if language == "typescript" and source.startswith("<?xml"):
         raise BadSource("XML")
-    return source
+    return well_formed(source)  # an encoding such as UTF-7 can spell lone surrogates
 
 
 def describe_skipped(skipped: dict[str, list[str]]) -> str:
@@ -1816,7 +1816,6 @@ def build_corpus(paths: list[str], out: BinaryIO) -> None:
     codes: Counter[int] = Counter()  # by their digests
     for source, language, path in read_sources(paths):
         for record in cut_source(source, language):
-            record = {name: well_formed(v) if isinstance(v, str) else v for name, v in record.items()}
             codes[code := digest(record["code"])] += 1
             if codes[code] == 1:
                 line = json.dumps(record | {"language": language, "path": path}, ensure_ascii=False)
@@ -1899,7 +1898,7 @@ def python_functions(source: str) -> Iterator[dict]:
             a, b = positions.span(node.body[0])
             code = cut_literal(code, a - begin, b - begin)
             if docstring.strip():
-                record["docstring"] = docstring.strip()
+                record["docstring"] = well_formed(docstring.strip())
         indent = re.match(r"[ \t\f]*", code)[0]
         yield {"code": re.sub(f"^{indent}", "", code, flags=re.MULTILINE)} | record
 
@@ -1973,11 +1972,10 @@ def cut_units(source: str, language: str, path: str = "") -> list[Unit]:
 
 
 def read_units(path: str, skipped: dict[str, list[str]]) -> list[Unit]:
-    """The units of a file, with text that UTF-8 can spell; of one that is left out none, and its path joins `skipped`.
-    """
+    """The units of a file; of one that is left out there are none, and its path joins `skipped`, by the reason."""
     language = language_of(path) or "unknown"
     try:
-        return cut_units(well_formed(read_code(path, language, latin=True)), language, well_formed(path))
+        return cut_units(read_code(path, language, latin=True), language, well_formed(path))
     except BadSource as reason:
         skipped.setdefault(str(reason), []).append(path)
         return []
@@ -2306,7 +2304,7 @@ def probe_functions(paths: list[str], count: int, fits: Callable[[str], bool], s
             if not missing[split].total():
                 continue
             with suppress(*UNPARSABLE):
-                for code in (well_formed(function["code"]) for function in python_functions(source)):
+                for code in (function["code"] for function in python_functions(source)):
                     if len(code) <= 2000 and fits(code):
                         function = relations(code, {name for (name, _), most in missing[split].items() if most})
                         pairs = choose_pairs(function, rng, missing[split])
@@ -2439,7 +2437,7 @@ def typed_tokens(source: str) -> tuple[list[str], list[str | None], list[tuple[i
     left = [i for i in range(len(tokens)) if i not in annotation_tokens]
     functions = [tuple(np.searchsorted(left, token_span(node)).tolist()) for node, _ in definitions(tree)
                  if isinstance(node, FUNCTION)]
-    return [well_formed(tokens[i].string) for i in left], [labels[i] for i in left], functions
+    return [tokens[i].string for i in left], [labels[i] for i in left], functions
 
 
 MADE = ("advtest", "search", "typeinf")  # the tasks that can be made of source trees
@@ -2516,8 +2514,8 @@ def benchmark_records(task: str, source: str, path: str, language: str
             return
         functions = python_functions(source) if language == "python" else commented_functions(source, language)
         for function in list(functions):
-            name, code = function["name"], well_formed(function["code"])
-            text = well_formed(" ".join(re.split(r"\n\s*\n", function.get("docstring", ""))[0].split()))
+            name, code = function["name"], function["code"]
+            text = " ".join(re.split(r"\n\s*\n", function.get("docstring", ""))[0].split())
             special = name.startswith("__") and name.endswith("__")
             if len(text.split()) < 3 or len(code.strip().splitlines()) < 3 or special or "test" in name.lower():
                 continue
