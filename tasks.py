@@ -197,7 +197,8 @@ class Objective(nn.Module):
         if not examples:
             return []
         batches, split = self.in_batches(examples, self.kind, batch, ctx or self.ctx)
-        outputs = model.outputs(progress(batches, desc="predicting", leave=False, unit=" batches", unit_scale=False), split)
+        outputs = model.outputs(progress(batches, desc="predicting", leave=False, unit=" batches", unit_scale=False),
+                                split)
         return list(self.results(outputs, split))
 
 
