@@ -985,64 +985,44 @@ def filter_shift(before: Filters, after: Filters) -> dict:
 
 
 class Pairs(NamedTuple):
-    """Pairs of tokens, for one relation: rows of a table of hidden states, (n, 2), and int64 labels (n,).
+    """Pairs of tokens, for one relation.
 
-    `control` are labels (n,) drawn at random for each pair of words: what a probe reads off the words alone, and by
-    heart (Hewitt and Liang 2019, arXiv 1909.03368).
+    `control` is drawn at random for each pair of words: what a probe reads off the words alone, and by heart (Hewitt
+    and Liang 2019, arXiv 1909.03368).
     """
-    rows: np.ndarray
-    labels: np.ndarray
-    control: np.ndarray
-
-
-def pairs_of(functions: list[data.Relations]) -> tuple[list[tuple[int, int]], dict[str, Pairs]]:
-    """The (function, token) that occur in pairs, in order, and the `Pairs` of each relation, whose rows number them."""
-    row: dict[tuple[int, int], int] = {}
-    found = {name: [] for name in data.RELATIONS}
-    for number, function in enumerate(functions):
-        words = [function.code[begin:end] for begin, end in function.spans]
-        for name, pairs in function.pairs.items():
-            for i, j, label in pairs:
-                control = data.digest(f"{name}\0{words[i]}\0{words[j]}") % data.RELATIONS[name]
-                found[name].append((*(row.setdefault((number, k), len(row)) for k in (i, j)), label, control))
-    arrays = {name: np.array(rows, np.int64).reshape(-1, 4) for name, rows in found.items()}
-    return list(row), {name: Pairs(rows[:, :2], rows[:, 2], rows[:, 3]) for name, rows in arrays.items()}
+    states: Tensor       # (layers + 1, n, 2, d) float32, on the CPU
+    labels: np.ndarray   # (n,) int64
+    control: np.ndarray  # (n,) int64
 
 
 @torch.no_grad()
-def token_states(objective: Objective, functions: list[data.Relations], tokens: list[tuple[int, int]],
-                 batch: int = 16) -> Tensor:
-    """Hidden states before, between and after the layers, (layers + 1, len(tokens), d) float32, on the CPU.
+def token_states(objective: Objective, function: data.Relations) -> Tensor:
+    """Hidden states (layers + 1, tokens, d), float32, before, between and after the layers.
 
-    That of a token is the mean over its sub-tokens. `tokens` are (function, token), sorted by function.
+    That of a token is the mean over its sub-tokens.
     """
-    objective, device = objective.frozen(), next(objective.parameters()).device
-    tokenizer, encoder = objective.tokenizer, objective.encoder
-    encodings = [tokenizer.model.encode(function.code, add_special_tokens=False) for function in functions]
-    rows = [[] for _ in functions]  # of the tokens of each function
-    for row, (number, token) in enumerate(tokens):
-        rows[number].append((row, functions[number].spans[token]))
-    states = torch.zeros(len(encoder.layers) + 1, len(tokens), encoder.config["d"])
-    order = sorted(range(len(functions)), key=lambda number: -len(encodings[number].ids))
-    chunks = [order[i:i + batch] for i in range(0, len(order), batch)]
-    for chunk in data.progress(chunks, desc="encoding", unit=" batches", unit_scale=False, leave=False):
-        lengths = torch.tensor([len(encodings[number].ids) + 2 for number in chunk])
-        ids = torch.full((len(chunk), int(lengths.max())), tokenizer.pad)
-        for line, number in zip(ids, chunk):
-            own = [tokenizer.start, *encodings[number].ids, tokenizer.end]
-            line[:len(own)] = torch.tensor(own)
-        below: list[Tensor] = []
-        below.append(compute(objective, partial(encoder, below=below), dict(ids=ids, lengths=lengths)))
-        for line, number in enumerate(chunk):
-            offsets = np.array([(-1, -1), *encodings[number].offsets])
-            mean = torch.zeros(len(rows[number]), len(offsets))
-            for i, (_, (begin, end)) in enumerate(rows[number]):
-                mean[i, torch.from_numpy((offsets[:, 0] < end) & (offsets[:, 1] > begin))] = 1
-            mean /= mean.sum(1, keepdim=True).clamp(min=1)
-            for layer, hidden in enumerate(below):
-                hidden = mean.to(device) @ hidden[line, :len(offsets)].float()
-                states[layer, [row for row, _ in rows[number]]] = hidden.cpu()
-    return states
+    tokenizer, device = objective.tokenizer, next(objective.parameters()).device
+    encoding = tokenizer.model.encode(function.code, add_special_tokens=False)
+    ids, below = torch.tensor([[tokenizer.start, *encoding.ids, tokenizer.end]]), []
+    below.append(compute(objective, partial(objective.encoder, below=below), {"ids": ids}))
+    spans, (begin, end) = np.array(function.spans), np.array([(-1, -1), *encoding.offsets, (-1, -1)]).T
+    mean = torch.from_numpy((begin < spans[:, 1:]) & (end > spans[:, :1])).to(device, torch.float32)
+    mean /= mean.sum(1, keepdim=True).clamp(min=1)
+    return torch.stack([mean @ hidden[0].float() for hidden in below])
+
+
+def pairs_of(objective: Objective, functions: list[data.Relations]) -> dict[str, Pairs]:
+    """The `Pairs` of each relation that has some."""
+    objective, found = objective.frozen(), {}
+    for function in progress(functions, desc="encoding", unit=" functions", leave=False):
+        states, words = token_states(objective, function), [function.code[begin:end] for begin, end in function.spans]
+        for name, pairs in function.pairs.items():
+            if pairs:
+                *sides, labels = np.array(pairs).T
+                control = [data.digest(f"{name}\0{words[i]}\0{words[j]}") % data.RELATIONS[name] for i, j, _ in pairs]
+                found.setdefault(name, []).append((states[:, np.stack(sides, 1)].cpu(), labels, control))
+    return {name: Pairs(torch.cat(states, 1), np.concatenate(labels), np.concatenate(control))
+            for name, (states, labels, control) in ((name, zip(*parts)) for name, parts in found.items())}
 
 
 def probe(train: Tensor, labels: np.ndarray, test: Tensor, classes: int, decay: float = 0.01) -> np.ndarray:
@@ -1074,14 +1054,14 @@ def probe_layers(objective: Objective, functions: dict[str, list[data.Relations]
     Layer 0 is the embedding. Accuracies are shares of as many pairs of each label, so that chance is 1 / labels.
     """
     device, found = next(objective.parameters()).device, {name: [] for name in data.RELATIONS}
-    tokens, pairs = zip(*(pairs_of(functions[split]) for split in ("train", "test")))
-    states = [token_states(objective, functions[split], some) for split, some in zip(("train", "test"), tokens)]
-    jobs = [(layer, name) for layer in range(len(states[0])) for name in data.RELATIONS]
-    for layer, name in data.progress(jobs, desc="probing", unit=" probes", unit_scale=False, leave=False):
-        train, test = (table[layer, torch.from_numpy(some[name].rows)].to(device) for table, some in zip(states, pairs))
-        found[name].append({kind: float((probe(train, getattr(pairs[0][name], field), test, data.RELATIONS[name])
-                                         == getattr(pairs[1][name], field)).mean())
-                            for kind, field in (("accuracy", "labels"), ("control", "control"))})
+    pairs = {split: pairs_of(objective, functions[split]) for split in ("train", "test")}
+    jobs = [(layer, name) for layer in range(len(objective.encoder.layers) + 1) for name in data.RELATIONS]
+    for layer, name in progress(jobs, desc="probing", unit=" probes", unit_scale=False, leave=False):
+        train, test = (pairs[split][name] for split in ("train", "test"))
+        states = [some.states[layer].to(device) for some in (train, test)]
+        found[name].append({kind: float((probe(states[0], learned, states[1], data.RELATIONS[name]) == right).mean())
+                            for kind, learned, right in (("accuracy", train.labels, test.labels),
+                                                         ("control", train.control, test.control))})
     return found
 
 

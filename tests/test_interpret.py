@@ -106,7 +106,8 @@ def test_hidden_states_of_layers_and_tokens(model, tokenizer):
     functions = [data.relations(code) for code in (
         "def f():\n    pass\n", "def größe(β, x):\n    return '→→' + β * x  # ünï\n", "def g(x): return x\n")]
     tokens = [(n, t) for n, function in enumerate(functions) for t in range(len(function.spans))]
-    states, several = tasks.token_states(tasks.MLM(encoder, tokenizer, "mlm"), functions, tokens, batch=2), 0
+    objective, several = tasks.MLM(encoder, tokenizer, "mlm").frozen(), 0
+    states = torch.cat([tasks.token_states(objective, function) for function in functions], 1)
     assert states.shape == (len(below) + 1, len(tokens), 64)
     for row, (n, t) in enumerate(tokens):
         begin, end = (len(functions[n].code[:place].encode()) for place in functions[n].spans[t])
@@ -138,14 +139,17 @@ def test_a_trained_encoder_beats_a_random_one(programs, tokenizer):
     functions = data.probe_functions([str(programs)], 400, lambda code: True)
     model, head = tasks.MLM(Encoder(tokenizer.vocab, 64, 2, N=8), tokenizer, "mlm"), torch.nn.Linear(128, 9)
     optimizer = torch.optim.AdamW([*model.parameters(), *head.parameters()], 3e-3)
-    found = [tasks.probe_layers(model, functions)]
+    columns, found = dict(zip(data.RELATIONS, map(slice, (0, 5, 7), (5, 7, 9)))), [tasks.probe_layers(model, functions)]
     for start in range(0, 960, 16):
         some = [functions["train"][n % len(functions["train"])] for n in range(start, start + 16)]
-        tokens, pairs = tasks.pairs_of(some)
-        states, loss = tasks.token_states.__wrapped__(model, some, tokens)[-1].float(), 0
-        for (rows, labels, _), part in zip(pairs.values(), (slice(0, 5), slice(5, 7), slice(7, 9))):
-            a, b = states[torch.from_numpy(rows)].unbind(1)
-            logits = head(torch.cat([a * b, (a - b).abs()], 1))[:, part]
+        with pytest.MonkeyPatch.context() as patch:  # with gradients, and kernels that are made anew
+            patch.setattr(tasks, "token_states", tasks.token_states.__wrapped__)
+            patch.setattr(model, "frozen", lambda: model)
+            pairs = tasks.pairs_of(model, some)
+        loss = 0
+        for name, (states, labels, _) in pairs.items():
+            a, b = states[-1].unbind(1)
+            logits = head(torch.cat([a * b, (a - b).abs()], 1))[:, columns[name]]
             loss = loss + torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels))
         optimizer.zero_grad()
         loss.backward()
