@@ -9,6 +9,7 @@ import ctypes
 import errno
 import fcntl
 import gc
+import heapq
 import itertools
 import json
 import math
@@ -815,22 +816,19 @@ class Index:
             self.db.execute("BEGIN")  # one state, whatever other processes write
             words = self.word_scores(query)
             units, cosines = (np.flatnonzero(words), None) if self.model is None else self.cosines(query)
-            scores = found = words[units]
-            if cosines is not None:
-                scores = standardised(cosines) + standardised(found)
-            best = np.flatnonzero(scores >= np.partition(scores, -k)[-k]) if k < len(units) else np.arange(len(units))
-            best = best[np.argsort(-scores[best], kind="stable")][:k]
-            return [self.hit(int(units[i]), float(scores[i]), (found > found[i]).sum() + 1 if found[i] else None,
-                             None if cosines is None else (cosines > cosines[i]).sum() + 1) for i in best]
+            found = words[units]
+            scores = found if cosines is None else standardised(cosines) + standardised(found)
+            return [self.hit(int(units[i]), float(scores[i]), int((found > found[i]).sum()) + 1 if found[i] else None,
+                             None if cosines is None else int((cosines > cosines[i]).sum()) + 1)
+                    for i in heapq.nlargest(k, range(len(units)), scores.__getitem__)]
 
     def hit(self, unit: int, score: float, word_rank: int | None, vector_rank: int | None) -> Hit:
-        first, last, name, code = self.db.execute("SELECT first, last, name, code FROM units WHERE number = ?",
-                                                  (unit,)).fetchone()
-        path, = self.db.execute("SELECT path FROM contents WHERE first <= ? AND count ORDER BY first DESC LIMIT 1",
-                                (unit,)).fetchone()
-        path, here = os.fsdecode(path), os.path.join(os.getcwd(), "")
-        return Hit(path.removeprefix(here), first, last, name, score, word_rank and int(word_rank),
-                   vector_rank and int(vector_rank), code)
+        path, first, last, name, code = self.db.execute("""
+            SELECT path, units.first, last, name, code FROM units, contents
+            WHERE number = ?1 AND contents.first <= ?1 AND count ORDER BY contents.first DESC LIMIT 1""",
+                                                        (unit,)).fetchone()
+        path = os.fsdecode(path).removeprefix(os.path.join(os.getcwd(), ""))
+        return Hit(path, first, last, name, score, word_rank, vector_rank, code)
 
     def word_scores(self, query: str) -> np.ndarray:
         """BM25 of each unit, by its number, float64; 0 where no word is found."""
