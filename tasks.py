@@ -41,6 +41,7 @@ from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.functional import cross_entropy, gelu, layer_norm, linear, normalize
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint as recompute
 
 import data
@@ -1185,15 +1186,6 @@ def all_reduce(tensor: Tensor, operation=dist.ReduceOp.SUM) -> Tensor:
     return tensor
 
 
-def map_tensors(function: Callable[[Tensor], Tensor], value: object) -> object:
-    """A copy of nested dicts and lists with `function` of each tensor."""
-    if isinstance(value, dict):
-        return {key: map_tensors(function, part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [map_tensors(function, part) for part in value]
-    return function(value) if isinstance(value, Tensor) else value
-
-
 def broadcast_state(state: dict | None) -> dict | None:
     """Rank 0's state, on every rank. Its tensors travel one by one: pickled they would take several times their memory.
     """
@@ -1205,8 +1197,8 @@ def broadcast_state(state: dict | None) -> dict | None:
         dist.broadcast(tensor, 0)
         return tensor
 
-    shapes = broadcast(map_tensors(lambda tensor: tensor.to("meta"), state))
-    return map_tensors(send, state if rank() == 0 else shapes)
+    shapes = broadcast(tree_map_only(Tensor, lambda tensor: tensor.to("meta"), state))
+    return tree_map_only(Tensor, send, state if rank() == 0 else shapes)
 
 
 def explain(error: BaseException) -> Problem:
