@@ -1270,8 +1270,6 @@ def evaluate(task, ckpt, split, predictions, **chosen):
     info(f"{dataset.description()}; ctx {settings.ctx}, {len(batches.examples):,} distinct samples to encode")
     compiled = tasks.compile_objective(model, settings.compiled, tasks.compiling_pays(batches, len(batches)))
     metrics, outputs = tasks.evaluate(model, batches, examples, compiled=compiled)
-    if not all(map(math.isfinite, metrics.values())):
-        raise Problem(f"{ckpt}: {tasks.NOT_FINITE}", 1)
     if predictions is not None and data.rank() == 0:
         with data.atomic(predictions) as file:
             for line in model.format_predictions(outputs, examples):
@@ -1306,10 +1304,6 @@ def predict(files, ckpt, ctx, batch, skip_bad, max_line, device):
     examples = data.examples_to_predict(files or ["-"], model.name, skip_bad=skip_bad, longest=max_line * 10**6)
     while chunk := list(itertools.islice(examples, PREDICT)):
         for example, result in zip(chunk, model.predict(chunk, batch, ctx), strict=True):
-            try:
-                json.dumps(result, allow_nan=False)
-            except ValueError:
-                raise Problem(f"{ckpt}: {tasks.NOT_FINITE}", 1) from None
             click.echo(json.dumps(example.record | result))
 
 

@@ -55,7 +55,6 @@ SAVE_SECONDS = 300
 LOG_STEPS = 50
 COMPILING_PAYS = 100  # batches per length
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # that end a run once it has saved
-NOT_FINITE = "the model's outputs are not finite numbers: its training went wrong, or there is nothing to predict"
 LONGEST = 2 ** 24  # tokens of a text that is read whole
 PIECE_TOKENS = 2 ** 16  # that are encoded at a time, unless a single text has more
 FAILING = 20  # steps in a row without a finite loss, after which a run ends
@@ -179,10 +178,7 @@ class Objective(nn.Module):
         batches, split = self.in_batches([Example((text,), None, {}) for text in texts], "classify", batch, ctx)
         pieces = (piece for some in progress(batches, desc="encoding", leave=False, unit=" batches", unit_scale=False)
                   for piece in some.pieces(-(-some.ids.size // PIECE_TOKENS)))
-        vectors = normalize(embed(model, pieces, split.items()), dim=-1).cpu().numpy()
-        if not np.isfinite(vectors).all():
-            raise Problem(NOT_FINITE, 1)
-        return vectors
+        return normalize(embed(model, pieces, split.items()), dim=-1).cpu().numpy()
 
     @torch.no_grad()
     def predict(self, texts: Sequence[str | tuple[str, str] | list[str] | Example], batch: int = 32,
@@ -211,6 +207,14 @@ def to_tensors(arrays: dict[str, np.ndarray | None]) -> dict[str, Tensor]:
         if arrays.get(lengths) is not None and arrays[lengths].min() == arrays[ids].shape[1]:
             arrays = arrays | {lengths: None}
     return {name: torch.from_numpy(array) for name, array in arrays.items() if array is not None}
+
+
+def check_finite(outputs: Tensor) -> Tensor:
+    """The outputs of a model. Raises `Problem` unless they are finite: no metric or prediction would show it."""
+    if not outputs.isfinite().all():
+        raise Problem("the model's outputs are not finite numbers: its training went wrong (a lower --lr with "
+                      "--restart may mend it)", 1)
+    return outputs
 
 
 def loss_of_logits(logits: Tensor, targets: Tensor) -> Tensor:
@@ -302,7 +306,7 @@ class MLM(Objective):
         ids = torch.tensor([[self.tokenizer.start, *left, self.tokenizer.mask, *right, self.tokenizer.end]])
         model, ordinary = self.frozen(), self.tokenizer.ordinary
         logits = compute(model, lambda ids: model.logits(model.encoder(ids)[0, len(left) + 1]), {"ids": ids})
-        best = logits.float().cpu()[ordinary].softmax(-1).topk(min(k, len(ordinary)))
+        best = check_finite(logits.float()).cpu()[ordinary].softmax(-1).topk(min(k, len(ordinary)))
         return [(self.tokenizer.model.decode([int(ordinary[i])]), p) for p, i in zip(*map(Tensor.tolist, best))]
 
     def compile_parts(self) -> None:
@@ -315,7 +319,7 @@ class MLM(Objective):
         run, total = Recorder(self, self), torch.zeros(3, dtype=torch.float64)
         for batch in batches:
             total += run(self.prepare(batch)).cpu().double()
-        return all_reduce(total)
+        return check_finite(all_reduce(total))
 
     def metrics(self, outputs: Tensor, _split: Split | None = None) -> dict[str, float]:
         """Loss in nats per predicted token, accuracy, perplexity = exp(loss). Raises `Problem` if none is predicted."""
@@ -339,7 +343,7 @@ def embed(objective: Objective, batches: Iterable[Batch], items: np.ndarray) -> 
         real = batch.lengths > 0
         rows = run(to_tensors(dict(ids=batch.ids, lengths=batch.lengths)))
         table[np.searchsorted(items, batch.items[real, 0])] = rows[torch.from_numpy(real).to(rows.device)]
-    return all_reduce(table)  # one rank has filled each row
+    return check_finite(all_reduce(table))  # one rank has filled each row
 
 
 class Classification(Objective):
@@ -372,12 +376,12 @@ class Classification(Objective):
         table, rows = embed(self, batches, items), torch.from_numpy(np.searchsorted(items, split.examples))
         found = [self.logits(*(table[side] for side in part.T.to(table.device))).softmax(-1).cpu()
                  for part in rows.split(4096)]
-        return torch.cat(found).numpy()
+        return check_finite(torch.cat(found)).numpy()
 
     def metrics(self, outputs: np.ndarray, split: Split) -> dict[str, float]:
         """Accuracy; macro and weighted averages; for two classes also F1, precision and recall of the second."""
         gold, predicted = split.labels, outputs.argmax(1)
-        metrics = {"accuracy": float((gold == predicted).mean()) if np.isfinite(outputs).all() else math.nan}
+        metrics = {"accuracy": float((gold == predicted).mean())}
         for average in ("macro", "weighted", *(["binary"] if len(self.labels) == 2 else [])):
             prefix = "" if average == "binary" else f"{average}_"
             for name, value in zip(("precision", "recall", "f1"), precision_recall_f1(gold, predicted, average)):
@@ -469,8 +473,7 @@ class Retrieval(Objective):
             text, code = table[np.searchsorted(items, split.examples.T)]
             return (text * code).sum(-1).cpu().numpy()
         queries, candidates = (table[np.searchsorted(items, some)] for some in (split.queries, split.candidates))
-        ranks, top = rank_candidates(queries, candidates, *split.right.T)
-        return ranks if table.isfinite().all() else ranks * math.nan, top
+        return rank_candidates(queries, candidates, *split.right.T)
 
     def metrics(self, outputs: tuple[np.ndarray, np.ndarray], _split: Split) -> dict[str, float]:
         """MRR = mean of 1 / rank; recall@k = share of queries with rank <= k."""
@@ -508,11 +511,10 @@ class Tagging(Objective):
         return loss_of_logits(self.head(self.hidden(ids, places, lengths)), targets)
 
     def best_labels(self, ids: Tensor, places: Tensor, targets: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """The numbers (M,) of the best labels, -1 where the hidden state is not finite."""
-        hidden = self.hidden(ids, places, lengths)
+        """The numbers (M,) of the best labels."""
         # logits of 1,024 words at a time: `predict` asks for every word, of up to 50,000 types
-        best = torch.cat([self.head(part).argmax(-1) for part in hidden.split(1024)])
-        return best.masked_fill(~hidden.isfinite().all(-1), -1)
+        parts = self.hidden(ids, places, lengths).split(1024)
+        return torch.cat([check_finite(self.head(part)).argmax(-1) for part in parts])
 
     def outputs(self, batches: Iterable[Batch], split: Split) -> list[tuple[np.ndarray, np.ndarray]]:
         """(gold, predicted) label numbers of the labelled words of each window, in the order of the windows."""
@@ -532,7 +534,7 @@ class Tagging(Objective):
         the vocabulary (0 is UNK, 1 is any).
         """
         names = [*self.labels, "\0\0"]  # the last, of label -1, equals no type
-        metrics, finite = {}, all((predicted >= 0).all() for _, predicted in outputs)
+        metrics = {}
         for prefix in ("", "top100_") if self.name == "typeinf" else ("",):
             windows = [(gold, np.where(predicted == 0, -1, predicted)) for gold, predicted in outputs]
             if prefix:
@@ -541,7 +543,7 @@ class Tagging(Objective):
             gold, predicted = (np.concatenate(side) for side in zip(*windows))
             if not len(gold):
                 continue
-            metrics[prefix + "accuracy"] = float((gold == predicted).mean()) if finite else math.nan
+            metrics[prefix + "accuracy"] = float((gold == predicted).mean())
             metrics[prefix + "weighted_f1"] = precision_recall_f1(gold, predicted, "weighted")[2]
             metrics[prefix + "f1_published"] = f1_published(*([[names[i] for i in window] for window in side]
                                                               for side in zip(*windows)))
@@ -550,8 +552,7 @@ class Tagging(Objective):
     def results(self, outputs: list[tuple[np.ndarray, np.ndarray]], split: Split) -> Iterator[dict]:
         """The tags of a file's words; the windows of a file follow each other."""
         for _, windows in itertools.groupby(zip(split.names, outputs), key=lambda window: window[0]):
-            yield {"predictions": [self.labels[i] if i >= 0 else math.nan for _, (_, predicted) in windows
-                                   for i in predicted]}
+            yield {"predictions": [self.labels[i] for _, (_, predicted) in windows for i in predicted]}
 
     def format_predictions(self, outputs: list[tuple[np.ndarray, np.ndarray]], _split: Split) -> Iterator[str]:
         """The number of the labelled word, tab, its type."""
@@ -645,8 +646,7 @@ def rank_candidates(queries: Tensor, candidates: Tensor, query: np.ndarray, gold
         right = torch.zeros_like(scores, dtype=torch.bool)
         right[query[own] - start, gold[own]] = True
         least = scores.where(right, -math.inf).amax(1, keepdim=True) - TIE
-        ahead = ~(scores <= least) & ~right  # not >, so that NaN comes last
-        ranks.append(ahead.sum(1).cpu() + 1)
+        ranks.append(((scores > least) & ~right).sum(1).cpu() + 1)
         top.append(scores.topk(min(best, len(candidates)), sorted=True).indices.cpu())
     return torch.cat(ranks).numpy(), torch.cat(top).numpy()
 
@@ -754,8 +754,6 @@ class Index:
                     mark = mark if os.stat(path).st_mtime_ns < started - 2 * 10**9 else ""
                     if content not in known:
                         units = data.read_units(path, skipped)
-                        if file_hash(path) != content:
-                            continue  # it is being written: the next search reads it
                         chunk.append((content, units))
                         known.add(content)
                         if sum(len(units) for _, units in chunk) >= self.CHUNK:
@@ -844,20 +842,15 @@ class Index:
     def cosines(self, query: str) -> tuple[np.ndarray, np.ndarray]:
         """The numbers of all units, int64 (n,), and their cosines with a query, float32 (n,), in blocks."""
         q = torch.from_numpy(self.model.encode([query], ctx=self.model.ctx)[0])
-        total, = self.db.execute("SELECT coalesce(sum(count), 0) FROM contents WHERE path IS NOT NULL").fetchone()
-        units, scores, start = np.empty(total, np.int64), np.empty(total, np.float32), 0
+        units, scores = [], [torch.empty(0)]
         rows = self.db.execute("SELECT first, count, vectors FROM contents WHERE path IS NOT NULL AND count "
                                "ORDER BY first")
         while some := rows.fetchmany(64):  # few enough to stay in the processor's cache
             firsts, counts, blobs = zip(*some)
-            stop = start + sum(counts)
             vectors = np.frombuffer(bytearray().join(blobs), np.float16)
-            if len(vectors) != (stop - start) * len(q):
-                raise sqlite3.DatabaseError("vectors are missing")
-            scores[start:stop] = torch.from_numpy(vectors).view(-1, len(q)).float() @ q
-            units[start:stop] = np.concatenate([np.arange(first, first + n) for first, n in zip(firsts, counts)])
-            start = stop
-        return units, scores
+            scores.append(torch.from_numpy(vectors).view(-1, len(q)).float() @ q)
+            units += map(range, firsts, map(sum, zip(firsts, counts)))
+        return np.fromiter(itertools.chain(*units), np.int64), torch.cat(scores).numpy()
 
 
 def standardised(scores: np.ndarray) -> np.ndarray:
@@ -1633,9 +1626,7 @@ class Output(AbstractContextManager):
         self.earlier = None
 
     def record(self, **values: float) -> None:
-        """Write a line of the log. Raises `Problem` if that fails, and on all ranks if a value is not finite."""
-        if not all(math.isfinite(value) for value in values.values()):
-            raise Problem("the loss is no longer a number, which a lower --lr with --restart may mend,", 1)
+        """Write a line of the log. Raises `Problem` if that fails."""
         if rank() > 0:
             return
         try:

@@ -98,7 +98,7 @@ def test_what_runs_in_one_process(small, monkeypatch):
 
 
 def test_training_that_goes_wrong(small, monkeypatch):
-    says(1, ["no longer a number", "lower --lr with --restart"], "pretrain", small, *TINY, "--steps", 40, "--lr", 1e30)
+    says(1, ["not finite numbers", "lower --lr with --restart"], "pretrain", small, *TINY, "--steps", 40, "--lr", 1e30)
     assert not os.path.exists("model.pt") and "NaN" not in open("model.pt.jsonl").read()
     def fail(*_args, **_options):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
