@@ -57,6 +57,7 @@ COMPILING_PAYS = 100  # batches per length
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # that end a run once it has saved
 LONGEST = 2 ** 24  # tokens of a text that is read whole
 PIECE_TOKENS = 2 ** 16  # that are encoded at a time, unless a single text has more
+BATCH_PROGRESS = dict(unit=" batches", unit_scale=False, leave=False)
 FAILING = 20  # steps in a row without a finite loss, after which a run ends
 
 
@@ -157,13 +158,15 @@ class Objective(nn.Module):
         self.compiled = True
         self.encoder.compile_parts()
 
-    def in_batches(self, examples: list[Example], kind: str, batch: int, ctx: int | None) -> tuple[Batches, Split]:
-        """The distinct items of examples in memory, in batches; each is read whole, or as far as `ctx` tokens."""
+    def in_batches(self, examples: list[Example], kind: str, batch: int, ctx: int | None, desc: str
+                   ) -> tuple[Iterable[Batch], Split]:
+        """Batches of the distinct items of examples, each whole or as far as `ctx` tokens, with a progress bar."""
         dataset = data.Unlabelled(examples, kind)
         ctx = min(size for size in (ctx, self.encoder.max_length, LONGEST) if size)
         store = data.tokenise(dataset, self.tokenizer, ctx, dataset.splits["test"].items())
         split = dataset.splits["test"]  # of a tagger only now, as windows of its texts
-        return Batches(store, self.tokenizer, ctx, split.items()[:, None], batch), split
+        batches = Batches(store, self.tokenizer, ctx, split.items()[:, None], batch)
+        return progress(batches, desc=desc, **BATCH_PROGRESS), split
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str], batch: int = 32, ctx: int | None = None) -> np.ndarray:
@@ -175,9 +178,9 @@ class Objective(nn.Module):
         if not len(texts):
             return np.empty((0, self.encoder.config["d"]), np.float32)
         model = self.frozen()
-        batches, split = self.in_batches([Example((text,), None, {}) for text in texts], "classify", batch, ctx)
-        pieces = (piece for some in progress(batches, desc="encoding", leave=False, unit=" batches", unit_scale=False)
-                  for piece in some.pieces(-(-some.ids.size // PIECE_TOKENS)))
+        examples = [Example((text,), None, {}) for text in texts]
+        batches, split = self.in_batches(examples, "classify", batch, ctx, "encoding")
+        pieces = (piece for some in batches for piece in some.pieces(-(-some.ids.size // PIECE_TOKENS)))
         return normalize(embed(model, pieces, split.items()), dim=-1).cpu().numpy()
 
     @torch.no_grad()
@@ -194,10 +197,8 @@ class Objective(nn.Module):
                     Example((text,) if isinstance(text, str) else text, [data.UNK] * len(text), {}) for text in texts]
         if not examples:
             return []
-        batches, split = self.in_batches(examples, self.kind, batch, ctx or self.ctx)
-        outputs = model.outputs(progress(batches, desc="predicting", leave=False, unit=" batches", unit_scale=False),
-                                split)
-        return list(self.results(outputs, split))
+        batches, split = self.in_batches(examples, self.kind, batch, ctx or self.ctx, "predicting")
+        return list(self.results(model.outputs(batches, split), split))
 
 
 def to_tensors(arrays: dict[str, np.ndarray | None]) -> dict[str, Tensor]:
@@ -573,8 +574,7 @@ def evaluate(objective: Objective, batches: Batches, split: Split, watch: Callab
     compiled = compiling_pays(batches, len(batches)) if compiled is None else compiled
     frozen = objective.frozen()
     with torch.no_grad(), torch.compiler.set_stance("default" if compiled else "force_eager"):
-        outputs = frozen.outputs(progress(watch(batches), total=len(batches), desc="evaluating", unit=" batches",
-                                          unit_scale=False, leave=False), split)
+        outputs = frozen.outputs(watch(progress(batches, desc="evaluating", **BATCH_PROGRESS)), split)
     return broadcast(frozen.metrics(outputs, split) if rank() == 0 else None), outputs
 
 
@@ -670,8 +670,7 @@ class Index:
         contents  hash, number of the first unit, count of units, their vectors (count, d) float16, path of the first
                   file that has it; without a path it is not part of the index yet
         units     number, first and last line, name, code
-        words     FTS5 table of the words of each unit's path, name and code; it holds no text, so to delete a unit its
-                  words are made again
+        words     FTS5 table of the words of each unit's path, name and code
 
     An update reads the files whose marks changed, cuts and encodes those whose content is new, which is kept at once,
     and then makes all of that part of the index in one transaction. One process updates at a time, others may search.
@@ -682,7 +681,7 @@ class Index:
         CREATE TABLE contents (hash BLOB PRIMARY KEY, first INTEGER, count INTEGER, vectors BLOB, path BLOB);
         CREATE INDEX content_of_unit ON contents (first);
         CREATE TABLE units (number INTEGER PRIMARY KEY, first INTEGER, last INTEGER, name TEXT, code TEXT);
-        CREATE VIRTUAL TABLE words USING fts5 (text, content='', tokenize='porter unicode61');"""
+        CREATE VIRTUAL TABLE words USING fts5 (text, tokenize='porter unicode61');"""
     CHUNK = 2048  # units that are encoded, and kept, at a time
 
     def __init__(self, paths: Sequence[str], model: Objective | None = None, batch: int = 32):
@@ -792,22 +791,20 @@ class Index:
             self.db.executemany("INSERT INTO files VALUES (?, ?, ?)", ((path, *rest) for path, rest in now.items()))
             moved = self.db.execute("""
                 WITH own AS (SELECT hash, min(path) AS path FROM files GROUP BY hash)
-                SELECT hash, contents.path, own.path, first, count FROM contents LEFT JOIN own USING (hash)
+                SELECT hash, own.path, first, first + count FROM contents LEFT JOIN own USING (hash)
                 WHERE contents.path IS NOT own.path OR own.path IS NULL""").fetchall()
-            for content, old, new, *span in progress(moved, desc="indexing words", unit=" files", leave=False):
-                units = self.db.execute("SELECT number, name, code FROM units WHERE number >= ? LIMIT ?",
-                                        span).fetchall()
-                for path, into in (old, "(words, rowid, text) VALUES ('delete', "), (new, "(rowid, text) VALUES ("):
-                    if path is not None:
-                        path = data.well_formed(os.path.relpath(os.fsdecode(path), self.top))
-                        self.db.executemany(f"INSERT INTO words {into} ?, ?)", [
-                            (number, " ".join(data.search_words(f"{path} {name} {name} {name} {code}")))
-                            for number, name, code in units])
-                if new is None:
-                    self.db.executemany("DELETE FROM units WHERE number = ?", [(number,) for number, *_ in units])
+            for content, path, *span in progress(moved, desc="indexing words", unit=" files", leave=False):
+                self.db.execute("DELETE FROM words WHERE rowid >= ? AND rowid < ?", span)
+                if path is None:
+                    self.db.execute("DELETE FROM units WHERE number >= ? AND number < ?", span)
                     self.db.execute("DELETE FROM contents WHERE hash = ?", (content,))
-                else:
-                    self.db.execute("UPDATE contents SET path = ? WHERE hash = ?", (new, content))
+                    continue
+                units = self.db.execute("SELECT number, name, code FROM units WHERE number >= ? AND number < ?", span)
+                below = data.well_formed(os.path.relpath(os.fsdecode(path), self.top))
+                self.db.executemany("INSERT INTO words (rowid, text) VALUES (?, ?)", [
+                    (number, " ".join(data.search_words(f"{below} {name} {name} {name} {code}")))
+                    for number, name, code in units])
+                self.db.execute("UPDATE contents SET path = ? WHERE hash = ?", (path, content))
 
     def answer(self, query: str, k: int) -> list[Hit]:
         """The best k units for a query, of the files at the last update."""
