@@ -1338,11 +1338,8 @@ def restore(content: dict, path: str | os.PathLike, make_encoder: Callable[..., 
         tokenizer = Tokenizer(content["tokenizer"], str(path))
         config, weights, task = content["config"], content["weights"], TASKS[content["task"]]
         labels, ctx = content.get("labels") or [], content.get("ctx", task.ctx)
-        sizes = [size for name, size in config.items() if name != "model"
-                 and (size or name not in ("kernels", "ctx"))]  # some models have neither
-        if not all(type(size) is int and size > 0 for size in sizes) or config["layers"] > len(weights) \
-                or type(ctx) is not int or ctx < 8 or type(labels) is not list or len(set(labels)) < len(labels) \
-                or not all(isinstance(label, str) for label in labels):
+        if config["layers"] > len(weights) or type(ctx) is not int or ctx < 8 or type(labels) is not list \
+                or len(set(labels)) < len(labels) or not all(isinstance(label, str) for label in labels):
             raise ValueError
         if tokenizer.vocab > config["vocab"]:
             raise Problem(f"{path}: its tokenizer has {tokenizer.vocab:,} entries and its model {config['vocab']:,}: "
@@ -1351,7 +1348,7 @@ def restore(content: dict, path: str | os.PathLike, make_encoder: Callable[..., 
             objective = OBJECTIVES[task.kind](make_encoder(**config), tokenizer, content["task"], labels, ctx)
         check_tensors(weights, objective.state_dict())
         objective.load_state_dict({name: weight.float() for name, weight in weights.items()}, assign=True)
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
         raise Problem(f"{path}: its weights do not fit its configuration, so it is no whole checkpoint") from None
     return objective
 
