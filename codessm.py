@@ -915,7 +915,7 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context):
         def interrupt(number, _frame):
-            raise tasks.Interrupt(number)
+            raise KeyboardInterrupt(number)
 
         try:
             with tasks.handle_signals(interrupt):

@@ -6,7 +6,6 @@ An `Objective` is an encoder with a head. Any encoder will do that maps ids (B, 
 """
 import copy
 import ctypes
-import errno
 import fcntl
 import gc
 import heapq
@@ -405,10 +404,7 @@ class Classification(Objective):
 
 
 class Gather(torch.autograd.Function):
-    """Concatenates the rows (B, ...) of all ranks in the order of the ranks, (W B, ...).
-
-    Each rank's rows get their gradients from the losses of all ranks.
-    """
+    """The rows (B, ...) of all ranks, in their order, (W B, ...). Gradients come from the losses of all ranks."""
 
     @staticmethod
     def forward(_ctx, rows: Tensor) -> Tensor:
@@ -901,9 +897,7 @@ class Filters(NamedTuple):
 def analyse(ssm: nn.Module, L: int, threshold: float = 0.5) -> Filters:
     """The `Filters` of an S4D module, whose response is cut after L tokens.
 
-    A third of the spectrum passes if its mean magnitude is at least `threshold` times that of the strongest third; the
-    thirds that pass name the class: low or low and middle, low-pass; middle, band-pass; high or middle and high,
-    high-pass; low and high, band-stop; all, all-pass.
+    A third of the spectrum passes if its mean magnitude is at least `threshold` times that of the strongest third.
     """
     ssm = copy.deepcopy(ssm).cpu().double()
     h = ssm.kernel(L).reshape(-1, L).numpy()
@@ -1214,10 +1208,6 @@ def explain(error: BaseException) -> Problem:
     return Problem(f"{type(error).__name__}{where}: {said}", 1)
 
 
-class Interrupt(KeyboardInterrupt):
-    """A signal came; its number is the argument."""
-
-
 @contextmanager
 def handle_signals(handler: Callable | signal.Handlers) -> Iterator[None]:
     """In a `with` block `handler` handles `SIGNALS`, but for those that are ignored, as SIGHUP is by nohup."""
@@ -1241,10 +1231,10 @@ class Signals:
                 os.write(2, b"\nstopping after this step, to save first\n")  # print is not safe in a handler
 
     def check(self):
-        """Raise `Interrupt` on all ranks if a signal came to any."""
+        """Raise KeyboardInterrupt with the signal's number, on all ranks, if one came to any."""
         number = int(all_reduce(torch.tensor(self.number), dist.ReduceOp.MAX))
         if number:
-            raise Interrupt(number)
+            raise KeyboardInterrupt(number)
 
     def watch(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         for batch in batches:
@@ -1624,10 +1614,7 @@ class Output(AbstractContextManager):
         if rank() > 0:
             return
         try:
-            line, size = json.dumps(values).encode() + b"\n", os.fstat(self.log.fileno()).st_size
-            if self.log.write(line) < len(line):
-                self.log.truncate(size)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self.log.write(json.dumps(values).encode() + b"\n")
         except OSError as error:
             raise Problem(f"could not write {self.log_path}: {error.strerror}", 1) from None
 
@@ -1951,7 +1938,7 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "linux":  # where ru_maxrss begins with that of the parent
         return int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # on macOS in bytes
 
 
 def reset_peak_memory(device: torch.device) -> int | None:
