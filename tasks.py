@@ -1273,11 +1273,7 @@ def unpickle(path: str | os.PathLike) -> object:
     Takes no more memory than the file is long.
     """
     try:
-        file = open(path, "rb")
-    except OSError as error:
-        raise Problem(f"{path}: {error.strerror}") from None
-    with file:
-        try:
+        with open(path, "rb") as file:
             if zipfile.is_zipfile(file):
                 archive, size = zipfile.ZipFile(file), file.seek(-22, os.SEEK_END) + 22
                 parts = archive.infolist()
@@ -1292,10 +1288,12 @@ def unpickle(path: str | os.PathLike) -> object:
                 file.seek(0)
             others = {argument for part in pickles for opcode, argument, _ in pickletools.genops(part)
                       if "GLOBAL" in opcode.name and not PLAIN.fullmatch(str(argument))}
-            if not others:
-                return torch.load(path, map_location="cpu", weights_only=True)
-        except Exception:  # zipfile, pickletools and torch raise whatever the bytes lead them to
-            return None
+        if not others:
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise Problem(f"{path}: {error.strerror or 'not a whole file'}") from None
+    except Exception:  # zipfile, pickletools and torch raise whatever the bytes lead them to
+        return None
     raise Problem(f"{path} holds more than tensors, numbers and strings, which alone are read: {data.listed(others)}")
 
 
