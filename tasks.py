@@ -530,13 +530,11 @@ class Tagging(Objective):
         A gold UNK stays in the denominator. Top-100 words are those whose gold label is in rows 2 to 101 of
         the vocabulary (0 is UNK, 1 is any).
         """
-        names = [*self.labels, "\0\0"]  # the last, of label -1, equals no type
-        metrics = {}
-        for prefix in ("", "top100_") if self.name == "typeinf" else ("",):
-            windows = [(gold, np.where(predicted == 0, -1, predicted)) for gold, predicted in outputs]
-            if prefix:
-                windows = [(gold[top], predicted[top]) for gold, predicted in windows
-                           for top in [(gold >= 2) & (gold < 102)]]
+        names, metrics = [*self.labels, "\0\0"], {}  # the last name, of label -1, equals no type
+        rows = {"": (0, len(self.labels))} | ({"top100_": (2, 102)} if self.name == "typeinf" else {})
+        for prefix, (first, end) in rows.items():
+            windows = [(gold[own], np.where(predicted == 0, -1, predicted)[own]) for gold, predicted in outputs
+                       for own in [(gold >= first) & (gold < end)]]
             gold, predicted = (np.concatenate(side) for side in zip(*windows))
             if not len(gold):
                 continue
