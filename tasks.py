@@ -624,14 +624,14 @@ SCORES = 2 ** 24  # similarities that are in memory at a time
 TIE = 1e-6  # cosines that differ by less are equal: they are sums of float32
 
 
-def rank_candidates(queries: Tensor, candidates: Tensor, query: np.ndarray, gold: np.ndarray,
-                    best: int = 100) -> tuple[np.ndarray, np.ndarray]:
-    """The rank, from 1, of each query's best gold candidate, where ties count against it, and the best candidates.
+def rank_candidates(queries: Tensor, candidates: Tensor, query: np.ndarray, gold: np.ndarray
+                    ) -> tuple[np.ndarray, np.ndarray]:
+    """The rank, from 1, of each query's best gold candidate, where ties count against it, and the best 100 candidates.
 
     Args:
         queries (Q, d), candidates (C, d): float32.
         query, gold: (n,) int64, n >= Q: candidate `gold[i]` is right for query `query[i]`.
-    Returns int64 (Q,) and (Q, min(best, C)). rank = 1 + #{wrong candidates: score > best right score - TIE}.
+    Returns int64 (Q,) and (Q, min(100, C)). rank = 1 + #{wrong candidates: score > best right score - TIE}.
     """
     ranks, top, chunk = [], [], max(1, SCORES // len(candidates))
     for start in progress(range(0, len(queries), chunk), desc="ranking", leave=False):
@@ -641,7 +641,7 @@ def rank_candidates(queries: Tensor, candidates: Tensor, query: np.ndarray, gold
         right[query[own] - start, gold[own]] = True
         least = scores.where(right, -math.inf).amax(1, keepdim=True) - TIE
         ranks.append(((scores > least) & ~right).sum(1).cpu() + 1)
-        top.append(scores.topk(min(best, len(candidates)), sorted=True).indices.cpu())
+        top.append(scores.topk(min(100, len(candidates))).indices.cpu())
     return torch.cat(ranks).numpy(), torch.cat(top).numpy()
 
 
@@ -979,11 +979,11 @@ def pairs_of(objective: Objective, functions: list[data.Relations]) -> dict[str,
             for name, (states, labels, control) in ((name, zip(*parts)) for name, parts in found.items())}
 
 
-def probe(train: Tensor, labels: np.ndarray, test: Tensor, classes: int, decay: float = 0.01) -> np.ndarray:
+def probe(train: Tensor, labels: np.ndarray, test: Tensor, classes: int) -> np.ndarray:
     """The labels (n,) that a linear probe predicts for pairs of hidden states `test` (n, 2, d).
 
     It is a multinomial logistic regression on [a, b, a * b, |a - b|] of each pair (a, b), standardised over `train`
-    (m, 2, d); its loss is the mean cross-entropy plus decay / 2 |W|^2, minimised by L-BFGS.
+    (m, 2, d); its loss is the mean cross-entropy plus 0.01 / 2 |W|^2, minimised by L-BFGS.
     """
     x, unseen = (torch.cat([a, b, a * b, (a - b).abs()], -1)
                  for a, b in (part.float().unbind(1) for part in (train, test)))
@@ -994,7 +994,7 @@ def probe(train: Tensor, labels: np.ndarray, test: Tensor, classes: int, decay: 
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        value = cross_entropy(x @ W + b, y) + decay / 2 * W.square().sum()
+        value = cross_entropy(x @ W + b, y) + 0.01 / 2 * W.square().sum()
         value.backward()
         return value
 
@@ -1574,11 +1574,11 @@ class Output(AbstractContextManager):
             return None
         try:
             state, ours = read(self.state_path), self.settings
+            theirs = state.get("settings")
+            if not isinstance(theirs, dict) or not isinstance(state.get("tokenizer"), str):
+                raise Problem(f"{self.state_path} is no state of a run")
         except Problem as problem:
             raise Problem(f"{problem.message}: give another -o, or --restart to discard it") from None
-        theirs = state.get("settings")
-        if not isinstance(theirs, dict) or not isinstance(state.get("tokenizer"), str):
-            raise Problem(f"{self.state_path} is no state of a run: give another -o, or --restart to replace it")
         names = [name for name in theirs | ours if theirs.get(name) != ours.get(name)]
         if names:
             was, now = (data.listed(f"{name} {s.get(name, 'absent')}" for name in names) for s in (theirs, ours))
