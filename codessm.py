@@ -1524,20 +1524,22 @@ def draw(values: Sequence[float], width: int = 24) -> str:
     return "".join(BLOCKS[round(7 * part / (max(parts) or 1))] for part in parts)
 
 
+def tally(counts: dict[str, int]) -> str:
+    return ", ".join(name + f" x {count}" * (count > 1) for name, count in counts.items())
+
+
 def describe_filters(filters: dict[tuple[int, str], tasks.Filters]) -> Iterator[str]:
     """A table with a row for each kernel, or for the mean of all of a direction if they are over `PLAIN_ROWS`."""
     yield ("layer  direction kernel   peak centroid     width     low middle   high  memory  "
            f"{'magnitude, 0 to 1':24}  class")
     for (number, direction), found in filters.items():
-        k = len(found.classes)
-        for kernels in [[i] for i in range(k)] if k <= PLAIN_ROWS else [list(range(k))]:
-            peak, centroid, width, low, middle, high, memory = (values[kernels].mean() for values in (
-                found.peak, found.centroid, found.bandwidth, *found.energy.T, found.memory))
-            classes = Counter(found.classes[i] for i in kernels)
-            yield (f"{number:5}  {direction:9} {'all' if len(kernels) > 1 else kernels[0] + 1:>6}  {peak:5.2f} "
-                   f"{centroid:8.3f} {width:9.3f}  {low:6.2f} {middle:6.2f} {high:6.2f} {memory:7.0f}  "
-                   f"{draw(found.magnitude[kernels].mean(0))}  "
-                   + ", ".join(f"{name} {count}" if len(kernels) > 1 else name for name, count in classes.items()))
+        table = np.column_stack([found.peak, found.centroid, found.bandwidth, found.energy, found.memory])
+        names = [str(i + 1) for i in range(len(table))] if len(table) <= PLAIN_ROWS else ["all"]
+        for name, kernels in zip(names, np.array_split(np.arange(len(table)), len(names))):
+            peak, centroid, width, low, middle, high, memory = table[kernels].mean(0)
+            yield (f"{number:5}  {direction:9} {name:>6}  {peak:5.2f} {centroid:8.3f} {width:9.3f}  "
+                   f"{low:6.2f} {middle:6.2f} {high:6.2f} {memory:7.0f}  {draw(found.magnitude[kernels].mean(0))}  "
+                   + tally(Counter(found.classes[i] for i in kernels)))
 
 
 def rows_of_filters(filters: dict[tuple[int, str], tasks.Filters]) -> list[dict]:
@@ -1549,124 +1551,120 @@ def rows_of_filters(filters: dict[tuple[int, str], tasks.Filters]) -> list[dict]
             for (number, direction), found in filters.items() for i in range(len(found.classes))]
 
 
-def import_pyplot(plot: str):
-    """matplotlib.pyplot, drawing in greys; raises `Problem` if it is not installed or `plot` cannot be written."""
-    if Path(plot).suffix not in (".png", ".pdf", ".svg"):
-        raise click.UsageError(f"--plot {plot}: give a name that ends in .png, .pdf or .svg")
-    data.check_writable(plot, "--plot")
+def show_shift(before: dict, after: dict, show: Callable[[str], None]) -> dict:
+    """Show what moved between the kernels of two models; returns it for JSON."""
+    shifts = {key: tasks.filter_shift(before[key], after[key]) for key in before}
+    layers = {number: float(np.mean([shift["shift"] for (n, _), shift in shifts.items() if n == number]))
+              for number, _ in shifts}
+    total = float(np.mean([*layers.values()]))
+    show("layer  direction  centroid      shift     low middle   high  memory  changes")
+    for (number, direction), shift in shifts.items():
+        low, middle, high = shift["energy"]
+        show(f"{number:5}  {direction:9} {after[number, direction].centroid.mean():9.3f} {shift['shift']:+10.4f}  "
+             f"{low:+6.2f} {middle:+6.2f} {high:+6.2f} {shift['memory']:+7.0f}  {tally(shift['changes'])}")
+    show("spectral shift a layer: " + ", ".join(f"{n}: {shift:+.4f}" for n, shift in layers.items()))
+    show(f"spectral shift of the model: {total:+.4f}" + ("" if abs(total) < 5e-5 else
+                                                       f", toward {'short' if total > 0 else 'long'} range"))
+    return dict(model=total, layers=layers, kernels=[
+        dict(layer=number, direction=direction, **shift) for (number, direction), shift in shifts.items()])
+
+
+def make_figure(path: str):
+    """An empty matplotlib figure; raises `Problem` if that is not installed or `path` cannot be written."""
+    if Path(path).suffix not in (".png", ".pdf", ".svg"):
+        raise click.UsageError(f"--plot {path}: give a name that ends in .png, .pdf or .svg")
+    data.check_writable(path, "--plot")
     try:
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as pyplot
+        import matplotlib.figure
     except ImportError:
         raise Problem("--plot needs matplotlib: pip install 'codessm[plot]'") from None
-    pyplot.rcParams.update({"font.size": 8, "lines.linewidth": 1, "axes.spines.top": False, "axes.spines.right": False})
-    return pyplot
+    matplotlib.rcParams["font.size"] = 8
+    return matplotlib.figure.Figure(figsize=(5, 3.2), layout="constrained")
 
 
-def plain_label(path: str) -> str:
-    """A path as a label of matplotlib, in which $ would begin a formula and a leading _ hide it."""
-    return "\N{ZERO WIDTH SPACE}" * path.startswith("_") + path.replace("$", r"\$")
+def save_figure(figure, path: str) -> None:
+    with data.atomic(path) as file:
+        figure.savefig(file, format=Path(path).suffix[1:], dpi=200)
+    info(f"figure in {path}")
 
 
-def plot_filters(pyplot, path: str, models: dict[str, dict[tuple[int, str], tasks.Filters]]) -> None:
-    """Magnitude and phase of each layer and direction, and the classes of each layer; a second model is in grey.
+def plot_filters(figure, models: dict[str, dict[tuple[int, str], tasks.Filters]]) -> None:
+    """Draw magnitude and phase of each layer and direction, and below them the classes of each layer.
 
     Of many kernels, the first `PLAIN_ROWS` per direction are drawn; all of them count among the classes.
     """
     layers = sorted({number for filters in models.values() for number, _ in filters})
-    figure, axes = pyplot.subplots(len(layers) + 1, 2, figsize=(7, 1.1 * len(layers) + 2), squeeze=False,
-                                   height_ratios=[1] * len(layers) + [1.8], layout="constrained")
-    models = {plain_label(name): filters for name, filters in models.items()}
-    for (name, filters), shade in zip(models.items(), ("black", "0.6")):
+    figure.set_size_inches(7, 1.1 * len(layers) + 2)
+    top, bottom = figure.subfigures(2, 1, height_ratios=[1.1 * len(layers), 2])
+    axes = top.subplots(len(layers), 2, sharex=True, squeeze=False)
+    for colour, (name, filters) in zip(("C0", "C1"), models.items()):
         for (number, direction), found in filters.items():
-            style, k = "-" if direction == "forward" else "--", len(found.classes)
-            label = f"{name}, {direction}" + (f", {PLAIN_ROWS} of {k} kernels" if k > PLAIN_ROWS else "")
-            f = np.linspace(0, 1, found.magnitude.shape[1])
             for axis, curves in zip(axes[layers.index(number)], (found.magnitude, found.phase / np.pi)):
-                lines = axis.plot(f, curves[:PLAIN_ROWS].T, style, color=shade)
-                lines[0].set_label(label)
-    for number, row in zip(layers, axes):
-        last = number == layers[-1]
-        row[0].set(ylabel=f"layer {number}", yscale="log")
-        for axis in row:
-            axis.set(xlim=(0, 1), xlabel="frequency (1 is half a cycle per token)" if last else "")
-            axis.tick_params(labelbottom=last)
+                lines = axis.plot(np.linspace(0, 1, curves.shape[1]), curves[:PLAIN_ROWS].T, color=colour,
+                                  linestyle="-" if direction == "forward" else "--")
+                lines[0].set_label(f"{direction}, {name}")
+    for number, (magnitude, _) in zip(layers, axes):
+        magnitude.set(ylabel=f"layer {number}", yscale="log")
     axes[0, 0].set_title("magnitude")
     axes[0, 1].set_title("phase / π")
-    axes[-1, 1].set_visible(len(models) > 1)
-    kinds = list(zip(dict.fromkeys(tasks.FILTERS.values()), ("0", "0.5", "0.8", "1", "1"), ("", "", "", "///", "")))
-    for axis, (name, filters) in zip(axes[-1], models.items()):
-        bottom = np.zeros(len(layers))
-        for kind, shade, hatch in kinds:
-            counts = np.array([sum(found.classes.count(kind) for (n, _), found in filters.items() if n == number)
-                               for number in layers])
-            axis.bar(layers, counts, bottom=bottom, color=shade, edgecolor="black", linewidth=0.5, hatch=hatch,
-                     label=kind if counts.any() else None)
-            bottom += counts
-        axis.set(xlabel=f"layer ({name})", ylabel="kernels", xticks=layers[::1 + len(layers) // 16])
-        axis.yaxis.get_major_locator().set_params(integer=True)
-        axis.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
-    save_figure(pyplot, figure, path)
+    top.supxlabel("frequency (1 is half a cycle per token)")
+    top.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    for axis, (name, filters) in zip(bottom.subplots(1, len(models), squeeze=False)[0], models.items()):
+        base = np.zeros(len(layers))
+        for kind in dict.fromkeys(tasks.FILTERS.values()):
+            counts = [sum(found.classes.count(kind) for (n, _), found in filters.items() if n == number)
+                      for number in layers]
+            axis.bar(layers, counts, bottom=base, label=kind)
+            base += counts
+        axis.set(xlabel=f"layer ({name})", ylabel="kernels", xticks=layers)
+    bottom.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=5)
 
 
-def save_figure(pyplot, figure, path: str) -> None:
-    with data.atomic(path) as file:
-        figure.savefig(file, format=Path(path).suffix[1:], dpi=200)
-    pyplot.close(figure)
-    info(f"figure in {path}")
+def plain_label(path: str) -> str:
+    """A path as a label of matplotlib, in which $ would begin a formula."""
+    return path.replace("$", r"\$")
 
 
-def read_curve(path: str) -> dict[str, np.ndarray]:
-    """A metrics log as (n, 3) arrays of step, tokens and value, by the name of the validation metric; raises `Problem`.
-
-    A last line that is unfinished, as the run may be writing it, is left out.
-    """
-    found, trained = {}, [(0, 0)]
-    for number, line in enumerate(data.read_text(path).rpartition("\n")[0].splitlines(), 1):
-        try:
-            row = {name: float(value) for name, value in json.loads(line, parse_constant=int).items()}  # refuses NaN
-            trained += [(row["step"], row["tokens"])] if "tokens" in row else []
-            for name in row:
-                if name.startswith("valid_"):
-                    found.setdefault(name[6:], []).append((row["step"], 0, row[name]))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise Problem(f"{path}:{number}: no line of a metrics log") from None
-    curves = {name: np.array(points) for name, points in found.items()}
-    for curve in curves.values():
-        curve[:, 1] = np.interp(curve[:, 0], *zip(*trained))
-    return curves
+def read_curves(path: str) -> dict[str, np.ndarray]:
+    """The validation metrics of a log, by name, as (n, 3) arrays of step, tokens and value; raises `Problem`."""
+    rows = [row for _, row in data.Records([data.open_source(path)], data.parse_json)]
+    tokens = [(0, 0), *((row["step"], row["tokens"]) for row in rows if "tokens" in row)]
+    curves = {}
+    for row in rows:
+        for name in row:
+            if name.startswith("valid_"):
+                curves.setdefault(name[6:], []).append((row["step"], np.interp(row["step"], *zip(*tokens)), row[name]))
+    return {name: np.array(points) for name, points in curves.items()}
 
 
 def compare_runs(paths: Sequence[str], plot: str | None, against: str, as_json: bool) -> None:
     """The validation metric of several runs against steps or tokens, from their metrics logs."""
-    pyplot = import_pyplot(plot) if plot else None
-    curves, column = {path: read_curve(path) for path in paths}, 1 if against == "tokens" else 0
+    figure = make_figure(plot) if plot else None
+    curves, column = {path: read_curves(path) for path in paths}, ["steps", "tokens"].index(against)
     known = dict.fromkeys(("accuracy", *(task.metric for task in data.TASKS.values())))
     metric = next((name for name in known if all(name in curve for curve in curves.values())), None)
     if metric is None:
         raise Problem(f"{data.listed(paths)}: there is no metric that all of them were validated with")
+    curves = {path: some[metric] for path, some in curves.items()}
     if as_json:
         click.echo(json.dumps({"metric": metric, "runs": [
-            dict(log=path, **dict(zip(("steps", "tokens", "values"), curve[metric].T.tolist())))
+            dict(log=path, **dict(zip(("steps", "tokens", "values"), curve.T.tolist())))
             for path, curve in curves.items()]}))
     else:
         width = max(map(len, paths))
         click.echo(f"{'log':{width}} {'steps':>8} {'tokens':>13} {'last':>7} {'best':>7}  {metric} against {against}")
         for path, curve in curves.items():
-            points = curve[metric]
-            grid = np.linspace(0, points[-1, column], 24)
-            click.echo(f"{path:{width}} {points[-1, 0]:8,.0f} {points[-1, 1]:13,.0f} {points[-1, 2]:7.4f} "
-                       f"{points[:, 2].max():7.4f}  {draw(np.interp(grid, points[:, column], points[:, 2]))}")
-    if pyplot:
-        figure, axis = pyplot.subplots(figsize=(5, 3.2), layout="constrained")
-        for i, (path, curve) in enumerate(curves.items()):
-            axis.plot(curve[metric][:, column], curve[metric][:, 2], color=str(0.6 * (i // 4 % 2)),
-                      linestyle=["-", "--", ":", "-."][i % 4], marker=".", label=plain_label(path))
+            steps, tokens, last = curve[-1]
+            grid = np.linspace(0, curve[-1, column], 24)
+            click.echo(f"{path:{width}} {steps:8,.0f} {tokens:13,.0f} {last:7.4f} {curve[:, 2].max():7.4f}  "
+                       f"{draw(np.interp(grid, curve[:, column], curve[:, 2]))}")
+    if figure:
+        axis = figure.subplots()
+        for path, curve in curves.items():
+            axis.plot(curve[:, column], curve[:, 2], marker=".", label=plain_label(path))
         axis.set(xlabel=against, ylabel=f"validation {metric}")
-        axis.legend(frameon=False)
-        save_figure(pyplot, figure, plot)
+        axis.legend()
+        save_figure(figure, plot)
 
 
 @cli.command(epilog="Example: codessm interpret model.pt devign.pt --probe --plot shift.pdf")
@@ -1706,7 +1704,7 @@ def interpret(paths, length, threshold, probe, pairs, plot, against, seed, devic
         return
     if len(paths) > 2:
         raise click.UsageError("give one or two checkpoints, or metrics logs alone")
-    pyplot = import_pyplot(plot) if plot else None
+    figure = make_figure(plot) if plot else None
     models = {path: load(path, choose_device(device)) for path in dict.fromkeys(paths)}
     for path, model in models.items():
         if not all(weight.isfinite().all() for weight in model.parameters()):
@@ -1715,57 +1713,36 @@ def interpret(paths, length, threshold, probe, pairs, plot, against, seed, devic
     filters = {path: tasks.kernel_filters(model.encoder, length, threshold) for path, model in models.items()}
     if not any(filters.values()) and (plot or not probe):
         raise Problem(f"{data.listed(models)}: no S4D kernels to show or plot; --probe alone looks at the layers")
+    show = (lambda line: None) if as_json else click.echo
     result: dict = {"threshold": threshold, "models": []}
     for path, model in models.items():
-        config = model.encoder.config
-        if as_json:
-            result["models"].append(dict(checkpoint=path, model=config["model"], task=model.name, length=length,
-                                         kernels=rows_of_filters(filters[path])))
-            continue
-        click.echo(f"{path}: {config['model']}, {len(model.encoder.layers)} x {config['d']}, {model.name}"
-                   + (f"; {length} tokens" if filters[path] else "; no S4D kernels"))
-        if filters[path]:
-            click.echo("\n".join(describe_filters(filters[path])))
+        config, found = model.encoder.config, filters[path]
+        result["models"].append(dict(checkpoint=path, model=config["model"], task=model.name, length=length,
+                                     kernels=rows_of_filters(found)))
+        show(f"{path}: {config['model']}, {len(model.encoder.layers)} x {config['d']}, {model.name}"
+             + (f"; {length} tokens" if found else "; no S4D kernels"))
+        for line in describe_filters(found) if found else ():
+            show(line)
     shapes = [{key: len(found.classes) for key, found in some.items()} for some in filters.values()]
     if len(shapes) == 2 and all(shapes):
         if shapes[0] == shapes[1]:
-            show_shift(*filters.values(), result, as_json)
+            result["shift"] = show_shift(*filters.values(), show)
         else:
             info("the two have different kernels, so nothing is said of a shift")
     if probe:
         found = data.probe_functions(list(probe), pairs, lambda code: all(
             len(model.tokenizer.encode(code)) <= model.ctx - 2 for model in models.values()), seed)
         result["probe"] = {path: tasks.probe_layers(model, found) for path, model in models.items()}
-        for path, relations in result["probe"].items() if not as_json else ():
-            click.echo(f"{path}: accuracy of linear probes (control task)")
-            click.echo("layer  " + "".join(f"{f'{name}, of {data.RELATIONS[name]}':>16}" for name in relations))
+        for path, relations in result["probe"].items():
+            show(f"{path}: accuracy of linear probes (control task)")
+            show("layer  " + "".join(f"{f'{name}, of {data.RELATIONS[name]}':>16}" for name in relations))
             for number, layer in enumerate(zip(*relations.values())):
-                click.echo(f"{number:5}  " + "".join(f"{row['accuracy']:9.3f} ({row['control']:.2f})" for row in layer))
-    if pyplot:
-        plot_filters(pyplot, plot, {path: found for path, found in filters.items() if found})
+                show(f"{number:5}  " + "".join(f"{row['accuracy']:9.3f} ({row['control']:.2f})" for row in layer))
+    if figure:
+        plot_filters(figure, {plain_label(path): found for path, found in filters.items() if found})
+        save_figure(figure, plot)
     if as_json:
         click.echo(json.dumps(result))
-
-
-def show_shift(before: dict, after: dict, result: dict, as_json: bool) -> None:
-    """Print what moved between the kernels of two models, or put it into the result."""
-    shifts = {key: tasks.filter_shift(before[key], after[key]) for key in before}
-    layers = {number: float(np.mean([shift["shift"] for (n, _), shift in shifts.items() if n == number]))
-              for number, _ in shifts}
-    result["shift"] = dict(model=float(np.mean([*layers.values()])), layers=layers, kernels=[
-        dict(layer=number, direction=direction, **shift) for (number, direction), shift in shifts.items()])
-    if as_json:
-        return
-    click.echo("layer  direction  centroid      shift     low middle   high  memory  changes")
-    for (number, direction), shift in shifts.items():
-        changes = ", ".join(f"{change}" + f" x {n}" * (n > 1) for change, n in shift["changes"].items())
-        centroid = after[number, direction].centroid.mean()
-        click.echo(f"{number:5}  {direction:9} {centroid:9.3f} {shift['shift']:+10.4f}  " + " ".join(
-            f"{share:+6.2f}" for share in shift["energy"]) + f" {shift['memory']:+7.0f}  {changes}")
-    click.echo("spectral shift a layer: " + ", ".join(f"{n}: {shift:+.4f}" for n, shift in layers.items()))
-    total = result["shift"]["model"]
-    click.echo(f"spectral shift of the model: {total:+.4f}" + ("" if abs(total) < 5e-5 else
-                                                             f", toward {'short' if total > 0 else 'long'} range"))
 
 
 @cli.command(epilog="Example: codessm corpus ~/projects -o corpus.jsonl")
