@@ -992,12 +992,17 @@ def choose_ctx(ctx: int | None, default: int, encoder: nn.Module | None, path: s
 
 # ---- commands ---------------------------------------------------------------------------------------
 
-def check(settings: Settings) -> None:
-    """Raise UsageError where options exclude each other, `Problem` where a run would overwrite what it reads."""
+def check_kernels(model: str, size: str, kernels: int | None) -> None:
+    """Raise UsageError if a model of this size cannot have so many kernels."""
     try:
-        count_kernels(settings.model or "codessm", SIZES[settings.size or "base"]["d"], settings.kernels)
+        count_kernels(model, SIZES[size]["d"], kernels)
     except ValueError as error:
         raise click.UsageError(f"--kernels: {error}") from None
+
+
+def check(settings: Settings) -> None:
+    """Raise UsageError where options exclude each other, `Problem` where a run would overwrite what it reads."""
+    check_kernels(settings.model or "codessm", settings.size or "base", settings.kernels)
     new = dict(model=settings.model, kernels=settings.kernels, size=settings.size, init=settings.init,
                tokenizer=settings.tokenizer, vocab=settings.vocab)
     if settings.ckpt is not None and any(new.values()):
@@ -1410,28 +1415,18 @@ def embed(paths, ckpt, batch, skip_bad, max_line, device, output, restart, as_js
                  f"{output}: {count:,} rows of {d} in {seconds:.0f} s; {rows_path} says what each is")
 
 
-def comma_list(parse: Callable[[str], object]) -> Callable:
-    """A click callback that splits a value at its commas and parses each part; repeated parts count once."""
-    return lambda _ctx, _parameter, value: list(dict.fromkeys(parse(part.strip()) for part in value.split(",")))
-
-
-def parse_length(part: str) -> int:
-    if not part.isdecimal() or not 0 < int(part) < 2**24:
-        raise click.BadParameter(f"{part!r} is no length: give a list such as 512,1024,2048")
-    return int(part)
-
-
-def parse_model(part: str) -> str:
-    if part not in MODELS:
-        raise click.BadParameter(f"{part!r} is none of {', '.join(MODELS)}")
-    return part
+def comma_list(kind: click.ParamType) -> Callable:
+    """A click callback that splits a value at its commas and converts each part; repeated parts count once."""
+    return lambda context, parameter, value: list(dict.fromkeys(
+        kind.convert(part.strip(), parameter, context) for part in value.split(",")))
 
 
 @cli.command(epilog="Example: codessm bench --models codessm,rocoder --lengths 512,2048,8192 --train")
 @click.option("--lengths", metavar="N,...", default="512,1024,2048", show_default=True,
-              callback=comma_list(parse_length), help="Tokens per sample.")
+              callback=comma_list(click.IntRange(1, 2**24)), help="Tokens per sample.")
 @click.option("--models", metavar="NAME,...", default="codessm,rocoder", show_default=True,
-              callback=comma_list(parse_model), help=f"Any of {', '.join(MODELS)}; ratios are to the first.")
+              callback=comma_list(click.Choice(list(MODELS))),
+              help=f"Any of {', '.join(MODELS)}; ratios are to the first.")
 @click.option("--train", is_flag=True, help="Measure a training step (masked language modelling, AdamW) instead.")
 @click.option("--batch-tokens", **integer(1, 2**31),
               help="Tokens per batch.  [default: 65536 on a GPU, 32768 with --train; 2048 on a CPU]")
@@ -1454,13 +1449,11 @@ def bench(lengths, models, train, batch_tokens, attention, repeats, kernels, siz
     attending = [name for name in models if MODELS[name].layer is TransformerLayer]
     if attention != "fused" and not attending:
         raise click.UsageError("--attention is bertcoder's and rocoder's: name one of them in --models")
-    d = SIZES[size]["d"]
-    try:
-        counts = {name: count_kernels(name, d, kernels if MODELS[name].k else None) for name in models}
-    except ValueError as error:
-        raise click.UsageError(f"--kernels: {error}") from None
-    if kernels and not any(counts.values()):
+    with_kernels = [name for name in models if MODELS[name].k]
+    if kernels and not with_kernels:
         raise click.UsageError("--kernels is of models with S4D kernels: name one of them in --models")
+    for name in with_kernels:
+        check_kernels(name, size, kernels)
     device = choose_device(device)
     gpu = device.type == "cuda"
     batch_tokens = batch_tokens or (2048 if not gpu else 32_768 if train else 65_536)
@@ -1473,8 +1466,8 @@ def bench(lengths, models, train, batch_tokens, attention, repeats, kernels, siz
     precision = "bfloat16" if tasks.bf16(device) else "float32"
     if not as_json:
         click.echo(f"{hardware}, torch {torch.__version__}, {size}, {'training' if train else 'inference'}, "
-                   f"{batch_tokens:,} tokens a batch, {precision}; one large matrix product: {rate / 1e12:.3g} TFLOP/s")
-        click.echo(f"{'model':15} {'length':>7} {'batch':>6} {'samples/s':>10} {'tokens/s':>10} {'memory':>8} "
+                   f"{batch_tokens:,} tokens a batch, {precision}; one large matrix product: {rate / 1e12:.3g} TFLOP/s\n"
+                   f"{'model':15} {'length':>7} {'batch':>6} {'samples/s':>10} {'tokens/s':>10} {'memory':>8} "
                    f"{'share':>6} {'ratio':>6} {'first run':>9}")
     bar = data.progress(cases, desc="measuring", unit=" rows", unit_scale=False, leave=False, miniters=1)
     for length, name, form in bar:
@@ -1482,7 +1475,7 @@ def bench(lengths, models, train, batch_tokens, attention, repeats, kernels, siz
         row = dict(model=name, form=form, length=length, batch=batch)
         try:
             encoder = Encoder(4096 if size == "tiny" else 32100, **SIZES[size], model=name, ctx=length,
-                              kernels=counts[name] or None)
+                              kernels=kernels if name in with_kernels else None)
             for layer in encoder.layers if form else ():
                 layer.plain = True
             row |= tasks.measure(encoder, length, batch, train, device, compiled, repeats)
