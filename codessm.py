@@ -27,7 +27,6 @@ if IS_PROGRAM and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
 
 import gc
 import importlib.util
-import io
 import itertools
 import json
 import math
@@ -1377,6 +1376,7 @@ def embed(paths, ckpt, batch, skip_bad, max_line, device, output, restart, as_js
             raise Problem(f"{path} exists: --restart replaces it")
     started, model, count = time.monotonic(), load(ckpt, choose_device(device)).frozen(), 0
     source = dict(paths=paths or ["."], skip_bad=skip_bad, longest=max_line * 10**6)
+    # what an interrupted run has left goes on only with the same model, options and sources
     key = data.blake2b(json.dumps([tasks.fingerprint(model), max_tokens, float16]).encode(), digest_size=8)
     skipped: dict[str, list[str]] = {}
     with data.atomic(rows_path) as rows:
@@ -1388,16 +1388,12 @@ def embed(paths, ckpt, batch, skip_bad, max_line, device, output, restart, as_js
         info(f"{count:,} units or records{data.describe_skipped(skipped)}")
         if not count:
             raise Problem(f"{data.listed(source['paths'])}: there is nothing to embed")
-        d, dtype, header = model.encoder.config["d"], np.dtype(np.float16 if float16 else np.float32), io.BytesIO()
-        np.lib.format.write_array_header_1_0(header, dict(descr=dtype.str, fortran_order=False, shape=(count, d)))
-        start, size = header.tell(), d * dtype.itemsize
-        part = f"{output}.{key.hexdigest()}.part"  # of another model, other options or other sources has another name
+        d, dtype = model.encoder.config["d"], np.dtype("float16" if float16 else "float32")
+        part, size = f"{output}.{key.hexdigest()}.part", d * dtype.itemsize  # the bytes of a row
         with open(part, "ab") as file, data.progress(total=count, desc="embedding", unit=" rows") as bar:
-            done = max(0, file.tell() - start) // size
-            file.truncate(start + done * size if done else 0)
-            if not done:
-                file.write(header.getvalue())
-            else:
+            done = file.tell() // size
+            file.truncate(done * size)
+            if done:
                 info(f"going on from row {done:,} of {count:,}")
             bar.update(done)
             texts = itertools.islice(data.texts_to_embed(skipped={}, **source), done, None)
@@ -1405,10 +1401,11 @@ def embed(paths, ckpt, batch, skip_bad, max_line, device, output, restart, as_js
                 file.write(model.encode(chunk, batch, max_tokens).astype(dtype).tobytes())
                 file.flush()
                 bar.update(len(chunk))
-            os.fsync(file.fileno())
-            if file.tell() != start + count * size:
-                raise Problem("the sources changed while they were read: the same command reads them again", 1)
-    os.replace(part, output)
+        if os.path.getsize(part) != count * size:
+            raise Problem("the sources changed while they were read: the same command reads them again", 1)
+        with data.atomic(output) as file:
+            np.save(file, np.memmap(part, dtype, "r", shape=(count, d)))
+    os.remove(part)
     seconds = time.monotonic() - started
     print_result(dict(output=output, rows=count, width=d, dtype=dtype.name, seconds=round(seconds, 1),
                       peak_memory=tasks.peak_memory(next(model.parameters()).device)), as_json,
