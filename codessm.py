@@ -39,14 +39,10 @@ from typing import Callable, Iterator, NamedTuple, Sequence
 
 # a file of the same name in the user's folder would shadow one of our flat modules
 for name in ("data", "tasks"):
-    spec = importlib.util.find_spec(name)
-    if spec and spec.origin and Path(spec.origin).resolve().parent != Path(__file__).resolve().parent:
-        shadowed = (f"{spec.origin} shadows codessm's own {name}.py in {Path(__file__).parent}: "
-                    "rename it, or run from another folder")
-        if not IS_PROGRAM:
-            raise ImportError(shadowed)
-        print(f"Error: {shadowed}", file=sys.stderr)
-        sys.exit(2)
+    origin, folder = importlib.util.find_spec(name).origin, Path(__file__).resolve().parent
+    if Path(origin).resolve().parent != folder:
+        raise (SystemExit if IS_PROGRAM else ImportError)(
+            f"Error: {origin} shadows codessm's own {name}.py in {folder}: rename it, or run from another folder")
 
 # idle threads sleep instead of spinning, which beside one other busy process makes two threads five times slower
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -893,48 +889,37 @@ class Commands(click.Group):
     """Makes every error end in one sentence and an exit code, and lets no failing stream end a run with a traceback."""
 
     def main(self, *args, **options):
-        for descriptor in range(3):  # the next file to be opened would take the number of a closed stream
-            try:
-                os.fstat(descriptor)
-            except OSError:
-                os.open(os.devnull, os.O_RDWR)
-        gc.freeze()  # a collection, of which parsing makes many, need not look at what torch has imported
-        sys.stdin, sys.stdout = sys.stdin or open(os.devnull), sys.stdout or open(os.devnull, "w")
-        stderr, sys.stderr = sys.stderr, data.QuietStream(sys.stderr)
-        try:
-            return super().main(*args, **options)
-        except SystemExit as end:
-            tasks.leave_ranks(end.code or 0)
-            raise
-        except OSError as error:  # of --help and --version; `invoke` explains all others
-            Problem(f"could not write the output: {error.strerror}").show()
-            sys.exit(1)
-        finally:
-            sys.stderr = stderr
-
-    def invoke(self, ctx: click.Context):
         def interrupt(number, _frame):
             raise KeyboardInterrupt(number)
 
+        gc.freeze()  # a collection, of which parsing makes many, need not look at what torch has imported
+        # in this order each takes the number of a closed stream, which else the next file to be opened would get
+        sys.stdin, sys.stdout = sys.stdin or open(os.devnull), sys.stdout or open(os.devnull, "w")
+        stderr, sys.stderr = sys.stderr, data.QuietStream(sys.stderr)
+        code = 0
         try:
             with tasks.handle_signals(interrupt):
-                result = super().invoke(ctx)
+                super().main(*args, **options | {"standalone_mode": False})
                 data.all_gather(None)  # no rank leaves before all have finished
-                return result
-        except (click.exceptions.Exit, click.Abort, BrokenPipeError, SystemExit):
-            raise
+        except SystemExit:  # the reader of standard output is gone
+            code = 1
         except BaseException as error:
-            if isinstance(error, OSError) and error.filename is None:
-                error = Problem(f"could not write the output: {error.strerror}", 1)
-            elif isinstance(error, KeyboardInterrupt):
-                error = tasks.explain(error)
-                error.message += ": nothing is lost"
-            elif not isinstance(error, click.ClickException):
-                error = tasks.explain(error)
-            if isinstance(error, click.UsageError) and os.environ.get("RANK", "0") != "0" and several_processes():
-                error.show = lambda *_: time.sleep(2)  # rank 0 shows the same, unless torchrun ends it for our end
-            tasks.tell_torchrun(error.message)
-            raise error from None
+            error = error.__cause__ if isinstance(error, click.Abort) else error  # click has caught a KeyboardInterrupt
+            problem = error if isinstance(error, click.ClickException) else tasks.explain(error)
+            if isinstance(error, KeyboardInterrupt):
+                problem.message += ": nothing is lost"
+            elif isinstance(error, OSError) and error.filename is None:
+                problem.message = f"could not write the output: {problem.message}"
+            tasks.tell_torchrun(problem.message)
+            if isinstance(error, click.UsageError) and several_processes() and os.environ.get("RANK", "0") != "0":
+                time.sleep(2)  # rank 0 says the same, unless torchrun ends it for our end
+            else:
+                problem.show()
+            code = problem.exit_code
+        finally:
+            sys.stderr = stderr
+        tasks.leave_ranks(code)
+        sys.exit(code)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
