@@ -1,7 +1,6 @@
 """CodeSSM: a bidirectional gated state-space encoder of source code, linear in length.
 
     codessm pretrain corpus.jsonl --ctx 256 -o model.pt
-    python codessm.py pretrain corpus.jsonl
 
 The encoder is BiGS (Wang et al. 2023, arXiv 2212.10544) over S4D kernels (Gu et al. 2022, arXiv 2206.11893), as in
 CodeSSM (Verma et al. 2025, arXiv 2505.01475). Shapes and symbols:
@@ -35,7 +34,7 @@ import zlib
 from collections import Counter
 from contextlib import closing
 from pathlib import Path
-from typing import Callable, Iterator, NamedTuple, Sequence
+from typing import Callable, Iterable, Iterator, NamedTuple, Sequence
 
 # a file of the same name in the user's folder would shadow one of our flat modules
 for name in ("data", "tasks"):
@@ -442,11 +441,9 @@ class TransformerLayer(nn.Module):
 
 
 class AttentionLayer(TransformerLayer):
-    """The one layer of codessm-hybrid that is no BiGS layer: pre-norm attention without positions, and an MLP.
+    """The attention layer of codessm-hybrid: pre-norm, without positions, as its BiGS layers say where a token is.
 
         X' = Xi + Wo softmax(q k^T / 8) v  of LayerNorm(Xi)     Xo = X' + W2 gelu(W1 LayerNorm(X'))
-
-    The BiGS layers around it say where a token is.
     """
 
     def forward(self, X: torch.Tensor, R: torch.Tensor, _kernels: None,
@@ -510,10 +507,7 @@ class ZambaLayer(nn.Module):
 
     @staticmethod
     def share(layers: nn.ModuleList, d: int) -> nn.ModuleList:
-        """Give every third layer an adapter of rank d / 8 and a linear map of its own; return the blocks they share.
-
-        There are two blocks, called in turn, or one if fewer than four layers call it.
-        """
+        """Give every third layer an adapter of rank d / 8 and a linear map; return the blocks that these call."""
         for layer in layers[2::3]:
             layer.adapter = nn.Sequential(nn.Linear(d, d // 8, bias=False), nn.Linear(d // 8, 8 * d, bias=False))
             layer.linear = nn.Linear(d, d, bias=False)
@@ -618,7 +612,7 @@ class Model(NamedTuple):
     positions: bool = False  # learned absolute positions
     extra_layers: int = 0  # beyond those of the size
     attention: bool = False  # the layer after the first half is an `AttentionLayer`
-    lr: float = 5e-4  # the peak learning rate at a width of 1,024
+    lr: float = 5e-4  # the peak learning rate at a width of 1,024; at most 2e-3 at others
 
 
 MODELS = {
@@ -636,11 +630,6 @@ MODELS = {
 }
 CHUNK = {"cuda": 512}  # the longest c, with up to 8 kernels; 256 on other devices
 GROUP = 64  # m, with up to 8 kernels
-
-
-def compute_dtype(X: torch.Tensor) -> torch.dtype:
-    """The dtype of matrix products with X: autocast's where it is enabled, else that of X."""
-    return torch.get_autocast_dtype(X.device.type) if torch.is_autocast_enabled(X.device.type) else X.dtype
 
 
 class Encoder(nn.Module):
@@ -665,10 +654,17 @@ class Encoder(nn.Module):
         kind = MODELS[model]
         if (kind.layer is not BiGSLayer or kind.attention) and d % (32 if kind.layer is ZambaLayer else 64):
             raise ValueError(f"{model} has heads of 64 channels, and {d} channels do not divide into them")
-        self.max_length = ctx if kind.positions else None
-        k = count_kernels(model, d, kernels)
+        if kernels and not kind.k:
+            raise ValueError(f"{model} has no S4D kernels; the models that have some are "
+                             f"{', '.join(name for name in MODELS if MODELS[name].k)}")
+        k = kernels or kind.k
+        if k and d % k:
+            raise ValueError(f"{k} cannot share {d} channels equally: give a divisor of {d}")
         if kind.positions and not ctx:
             raise ValueError(f"{model} has learned positions: ctx says how many")
+        if kind.attention and layers < 2:
+            raise ValueError(f"{model} needs two layers or more")
+        self.max_length = ctx if kind.positions else None
         self.config = dict(vocab=vocab, d=d, layers=layers, N=N, model=model, kernels=k, ctx=self.max_length)
         self.embedding = nn.Embedding(vocab, d)
         self.positions = nn.Embedding(ctx, d) if kind.positions else None
@@ -676,8 +672,6 @@ class Encoder(nn.Module):
         options = kind.options | (dict(k=k) if k else {})
         self.layers = nn.ModuleList(kind.layer(d, N, **options) for _ in range(layers + kind.extra_layers))
         if kind.attention:
-            if layers < 2:
-                raise ValueError(f"{model} needs two layers or more")
             self.layers[layers // 2] = AttentionLayer(d)
         self.shared = ZambaLayer.share(self.layers, d) if kind.layer is ZambaLayer else None
         for module in self.modules():
@@ -695,7 +689,7 @@ class Encoder(nn.Module):
         layer, (B, L, d), is appended to `below`, if it is given. Raises `data.Problem` where L is beyond the learned
         positions.
         """
-        mask, L = None, ids.shape[1]
+        mask, L, device = None, ids.shape[1], ids.device.type
         if self.max_length and L > self.max_length:
             raise Problem(f"{self.config['model']} has learned positions for {self.max_length} tokens and cannot read "
                           f"{L}")
@@ -712,9 +706,10 @@ class Encoder(nn.Module):
                 X = layer(X, side_input, mask)
             return X
         mask = None if mask is None else in_chunks(mask, chunks)
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else X.dtype
         # (R requires a gradient even here, or the first layer would be compiled apart from the others)
-        R = X.new_zeros(X.shape, dtype=compute_dtype(X)).requires_grad_(X.requires_grad)
-        for layer, kernels in zip(self.layers, self.kernels(L, compute_dtype(X))):
+        R = X.new_zeros(X.shape, dtype=dtype).requires_grad_(X.requires_grad)
+        for layer, kernels in zip(self.layers, self.kernels(L, dtype)):
             if below is not None:
                 below.append(self.in_tokens(X, R)[:, :L])
             X, R = layer(X, R, kernels, mask)
@@ -786,20 +781,6 @@ class Encoder(nn.Module):
         return [module for part in parts for module in part.modules() if isinstance(module, nn.Linear)]
 
 
-def count_kernels(model: str, d: int, kernels: int | None) -> int:
-    """S4D kernels per direction of a model of width d: `kernels`, or without it the model's own; 0 if it has none.
-
-    Raises ValueError.
-    """
-    if kernels and not MODELS[model].k:
-        raise ValueError(f"{model} has no S4D kernels; the models that have some are "
-                         f"{', '.join(name for name in MODELS if MODELS[name].k)}")
-    kernels = kernels or MODELS[model].k
-    if kernels and d % kernels:
-        raise ValueError(f"{kernels} cannot share {d} channels equally: give a divisor of {d}")
-    return kernels
-
-
 def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> Objective:
     """The model of a checkpoint, or of the state file of an unfinished run, in evaluation mode; raises `data.Problem`.
 
@@ -834,10 +815,9 @@ OPTIONS = {
     "--size": dict(type=click.Choice(list(SIZES)),
                    help="12 layers of width 1024, 6 of 512, or 4 of 128.  [default: base]"),
     "--model": dict(type=click.Choice(list(MODELS)),
-                    help="codessm, a variant of it, or a model to compare it with; the README describes them.  "
-                         "[default: codessm]"),
-    "--kernels": integer(help="S4D kernels per direction; each serves an equal share of the channels.  "
-                              "[default: 1; codessm-8k: 8]"),
+                    help="A variant, or a model to compare with; the README describes them.  [default: codessm]"),
+    "--kernels": integer(help="S4D kernels per direction, each for an equal share of the channels.  "
+                              "[default: 1; codessm-8k and -hybrid: 8]"),
     "--init": dict(metavar="FILE", help="Start from the weights of a codessm checkpoint (with its tokenizer, unless "
                                         "another is asked for) or of a BiGS PyTorch state dict."),
     "--tokenizer": dict(metavar="PATH", help="A Hugging Face tokenizer.json, or a folder with vocab.json and "
@@ -854,8 +834,7 @@ OPTIONS = {
                         help="Replace the names in this share of the training functions, drawn anew each epoch "
                              "(retrieval of Python).  [default: 0.5 for advtest, else 0]"),
     "--bag-of-words": dict(type=click.FloatRange(0), metavar="WEIGHT", default=0.0, show_default=True,
-                           help="Of a second loss, by which the mean hidden state tells the words of a sample: 1 "
-                                "prepares for search."),
+                           help="Of a second loss, which prepares for search: the mean hidden state tells the words."),
     "--limit": integer(help="Read only the first N records of each file."),
     "--code-field": dict(metavar="NAME", help="The field with the code, if its name is not one that the README lists."),
     "--text-field": dict(metavar="NAME", help="The field with the text that describes it, likewise."),
@@ -865,8 +844,7 @@ OPTIONS = {
     "--seed": integer(0, 2**63 - 1, default=0, show_default=True, help="Seed of weights, order, windows and masks."),
     "-o": dict(metavar="FILE"),
     "--restart": dict(is_flag=True, help="Start over and replace what an earlier run left at -o."),
-    "--device": dict(default="auto", show_default=True,
-                     help="cpu, cuda, cuda:1, mps, or auto: cuda if there is a GPU, else cpu."),
+    "--device": dict(default="auto", show_default=True, help="cpu, cuda, cuda:1, mps, or auto: cuda if there is one."),
     "--compile/--no-compile": dict(default=None, help="Compile the layers, anew for each padded length.  "
                                    f"[default: on a GPU, from {tasks.COMPILING_PAYS} batches per length]"),
     "--json": dict(is_flag=True, help="Print the result as JSON."),
@@ -943,14 +921,8 @@ def choose_device(name: str) -> torch.device:
     """The device of `--device`; auto is cuda if there is a GPU, else cpu. Several processes take a GPU each."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if data.world_size() > 1:
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        if name not in ("cpu", "cuda"):
-            raise Problem(f"--device {name}: each of several processes takes its own device: give cuda or cpu")
-        if name == "cuda" and here > torch.cuda.device_count():
-            raise Problem(f"{here} processes on a host with {torch.cuda.device_count()} GPUs: start as many as there "
-                          "are GPUs (--nproc-per-node), or give --device cpu")
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
+    if data.world_size() > 1 and name.startswith("cuda"):
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.empty(1, device=torch.device(name)).device
         if device.type == "cuda":
@@ -968,9 +940,10 @@ def choose_ctx(ctx: int | None, default: int, encoder: nn.Module | None, path: s
     if most is None or (ctx or default) <= most:
         return ctx or default
     model = encoder.config["model"]
+    reason = f"{path} is a {model}, and {model} has learned positions for {most} tokens"
     if ctx:
-        raise Problem(f"--ctx {ctx} is more than {path} can read: {model} has learned positions for {most} tokens")
-    info(f"ctx {most} rather than {default}: {path} is a {model}, which has learned positions for no more")
+        raise Problem(f"--ctx {ctx} is too much: {reason}")
+    info(f"ctx {most} rather than {default}: {reason}")
     return most
 
 
@@ -979,7 +952,8 @@ def choose_ctx(ctx: int | None, default: int, encoder: nn.Module | None, path: s
 def check_kernels(model: str, size: str, kernels: int | None) -> None:
     """Raise UsageError if a model of this size cannot have so many kernels."""
     try:
-        count_kernels(model, SIZES[size]["d"], kernels)
+        with torch.device("meta"):
+            Encoder(1, **SIZES[size], model=model, kernels=kernels, ctx=1)
     except ValueError as error:
         raise click.UsageError(f"--kernels: {error}") from None
 
@@ -987,9 +961,8 @@ def check_kernels(model: str, size: str, kernels: int | None) -> None:
 def check(settings: Settings) -> None:
     """Raise UsageError where options exclude each other, `Problem` where a run would overwrite what it reads."""
     check_kernels(settings.model or "codessm", settings.size or "base", settings.kernels)
-    new = dict(model=settings.model, kernels=settings.kernels, size=settings.size, init=settings.init,
-               tokenizer=settings.tokenizer, vocab=settings.vocab)
-    if settings.ckpt is not None and any(new.values()):
+    if settings.ckpt is not None and any((settings.model, settings.kernels, settings.size, settings.init,
+                                          settings.tokenizer, settings.vocab)):
         raise click.UsageError("--ckpt brings its own --model, --size, --tokenizer and --vocab: give it without them, "
                                "and without --kernels and --init")
     if settings.obfuscate and settings.task not in ("advtest", "nlcodesearch", "retrieval"):
@@ -1000,8 +973,8 @@ def check(settings: Settings) -> None:
         raise click.UsageError("give --tokenizer or --vocab, not both: a given tokenizer has its own entries")
     if settings.lr and not math.isfinite(settings.lr):
         raise click.UsageError(f"--lr {settings.lr} is not a number to learn with")
+    written = os.path.realpath(settings.output)
     for option, path in (("--ckpt", settings.ckpt), ("--init", settings.init)):
-        written = os.path.realpath(settings.output)
         if path is not None and os.path.realpath(path) in (written, f"{written}.state"):
             raise Problem(f"-o {settings.output} would replace what {option} {path} is read from: give another -o")
 
@@ -1026,7 +999,8 @@ def prepare(settings: Settings, output: tasks.Output) -> tuple:
     if not pretrained:
         settings.model, settings.size = settings.model or "codessm", settings.size or "base"
     config = pretrained.encoder.config if pretrained else dict(SIZES[settings.size], model=settings.model)
-    settings.lr = settings.lr or default_learning_rate(config["model"], config["d"], bool(init))
+    # inverse to the width, and a tenth from other weights
+    settings.lr = settings.lr or min(2e-3, MODELS[config["model"]].lr * 1024 / config["d"]) / (10 if init else 1)
     settings.batch = settings.batch or task.batch
     settings.vocab = tokenizer.vocab if tokenizer else settings.vocab or (4096 if settings.size == "tiny" else 32100)
     settings.epochs = None if settings.steps else settings.epochs or task.epochs
@@ -1042,11 +1016,6 @@ def prepare(settings: Settings, output: tasks.Output) -> tuple:
     if state:
         tokenizer = data.Tokenizer(state["tokenizer"], output.state_path)
     return (settings, dataset, tokenizer or data.train_tokenizer(dataset, settings.vocab)), (pretrained, init, state)
-
-
-def default_learning_rate(model: str, d: int, continued: bool = False) -> float:
-    """The peak learning rate without --lr: inverse to the width, at most 2e-3; a tenth of it with --init."""
-    return min(2e-3, MODELS[model].lr * SIZES["base"]["d"] / d) / (10 if continued else 1)
 
 
 def reading(settings: Settings) -> dict:
@@ -1090,22 +1059,18 @@ def fit(settings: Settings) -> None:
         del pretrained, init  # frees their memory
         objective = objective.to(device)
         compiled = tasks.compile_objective(objective, settings.compiled, tasks.compiling_pays(train, settings.steps))
-        describe(settings, dataset, objective, train, held_out["valid"], copied, device, compiled)
+        parameters = sum(parameter.numel() for parameter in objective.parameters())
+        describe(settings, dataset, objective, parameters, train, held_out["valid"], copied, device, compiled)
         trainer = tasks.Trainer(objective, train, held_out["valid"], splits["valid"], output, settings, compiled)
         trainer.begin(state)
         metrics = {"valid": trainer.run()}
         if "test" in splits:
-            try:
-                metrics["test"], _ = tasks.evaluate(objective, held_out["test"], splits["test"])
-            except KeyboardInterrupt as error:
-                problem = tasks.explain(error)
-                problem.message += (f": {output.path} is written; `codessm evaluate {settings.task} --ckpt "
-                                    f"{output.path} --data {settings.paths[0]}` scores the test split")
-                raise problem from None
+            info(f"{output.path} is written; the test split is scored")
+            metrics["test"], _ = tasks.evaluate(objective, held_out["test"], splits["test"])
             output.record(step=settings.steps, **{f"test_{name}": value for name, value in metrics["test"].items()})
     seconds, memory = time.monotonic() - started, tasks.peak_memory(device)
     scores = {f"{split}_{name}": value for split, found in metrics.items() for name, value in found.items()}
-    result = dict(output=output.path, task=settings.task, steps=settings.steps, parameters=count_parameters(objective),
+    result = dict(output=output.path, task=settings.task, steps=settings.steps, parameters=parameters,
                   **scores, seconds=round(seconds, 1), peak_memory=memory)
     print_result(result, settings.as_json,
                  f"{output.path}: {settings.steps:,} steps in {seconds:.0f} s, peak memory {data.human_bytes(memory)}",
@@ -1113,33 +1078,28 @@ def fit(settings: Settings) -> None:
                    for split, found in metrics.items()))
 
 
-def count_parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def describe(settings: Settings, dataset: data.Dataset, objective: Objective, train: data.Batches,
+def describe(settings: Settings, dataset: data.Dataset, objective: Objective, parameters: int, train: data.Batches,
              valid: data.Batches, copied: str, device: torch.device, compiled: bool) -> None:
     """Print every resolved setting, before the work begins."""
-    config, labels = objective.encoder.config, objective.labels
-    kind = f" ({objective.kind})" * (objective.kind != settings.task)
-    kernels = f", {config['kernels']} kernels per direction" * (config["kernels"] > 1)
+    config, labels, ranks = objective.encoder.config, objective.labels, data.world_size()
     facts = {
-        "task": f"{settings.task}{kind}, from {settings.ckpt or settings.init or 'scratch'}",
-        "data": dataset.description() + (f"; {data.counted(dataset.bad, 'bad line')} passed over"
-                                                 if dataset.bad else ""),
+        "task": settings.task + f" ({objective.kind})" * (objective.kind != settings.task)
+                + f", from {settings.ckpt or settings.init or 'scratch'}",
+        "data": dataset.description() + f"; {data.counted(dataset.bad, 'bad line')} passed over" * (dataset.bad > 0),
         "init": copied,
-        "labels": f"{len(labels):,}: {data.listed(labels, 8)}" if labels else "",
+        "labels": labels and f"{len(labels):,}: {data.listed(labels, 8)}",
         "tokenizer": f"{objective.tokenizer.vocab:,} entries",
         "samples": f"ctx {settings.ctx}; an evaluation encodes {len(valid.examples):,} distinct ones",
-        "model": f"{config['model']}, {len(objective.encoder.layers)} x {config['d']}{kernels}, "
-                 f"{count_parameters(objective):,} parameters, on {device} in "
-                 f"{'bfloat16' if tasks.bf16(device) else 'float32'}{', compiled' * compiled}",
-        "processes": f"{data.world_size()}, which share each batch" if data.world_size() > 1 else "",
+        "model": f"{config['model']}, {len(objective.encoder.layers)} x {config['d']}"
+                 + f", {config['kernels']} kernels per direction" * (config["kernels"] > 1)
+                 + f", {parameters:,} parameters, on {device} in "
+                 + ("bfloat16" if tasks.bf16(device) else "float32") + ", compiled" * compiled,
+        "processes": f"{ranks}, which share each batch" * (ranks > 1),
         "training": f"{settings.steps:,} steps of {settings.batch} samples ({settings.steps / len(train):.1f} epochs), "
                     f"peak learning rate {settings.lr:g} after {tasks.warmup(settings.steps):,} steps, weight decay "
                     f"{tasks.WEIGHT_DECAY:g}, seed {settings.seed}, accumulate {settings.accumulate}, an evaluation "
                     f"every {settings.eval_every:,} steps"
-                    + (f", names replaced in {settings.obfuscate:.0%} of the functions" if settings.obfuscate else ""),
+                    + f", names replaced in {settings.obfuscate:.0%} of the functions" * (settings.obfuscate > 0),
         "output": f"{settings.output}, metrics in {settings.output}.jsonl"}
     for name, fact in facts.items():
         if fact:
@@ -1154,8 +1114,6 @@ def print_result(result: dict, as_json: bool, *sentences: str) -> None:
 
 TRAINING = ("--ctx --model --kernels --size --init --tokenizer --vocab --steps --epochs --batch --accumulate --lr "
             "--eval-every --limit --skip-bad --max-line --seed -o --restart --device --compile/--no-compile --json")
-
-
 LR_HELP = "Peak learning rate.  [default: 5e-4 for base, 1e-3 small, 2e-3 tiny; less for bertcoder, rocoder and zamba"
 
 
@@ -1176,14 +1134,8 @@ def pretrain(corpus, **chosen):
     fit(Settings("mlm", paths=list(corpus), **chosen))
 
 
+PREDICT = 4096  # records at a time
 FINETUNED = [name for name, task in data.TASKS.items() if task.line]
-
-
-def data_paths(task: str, path: str | None) -> list[str]:
-    """The path of --data, by default ./TASK; of mlm none by default, which is the standard library."""
-    if path == "":
-        raise click.UsageError("--data is empty: give a path, or leave it out for the default")
-    return [path] if path is not None else [task] if task in FINETUNED else []
 
 
 @cli.command(epilog="Example: codessm finetune devign --ckpt model.pt --data devign/ -o devign.pt")
@@ -1207,14 +1159,13 @@ def finetune(task, **chosen):
     once, at the end. After an interruption the same command goes on where the run was.
     """
     output = f"{task}.pt" if chosen["output"] is None else chosen["output"]
-    fit(Settings(task, **chosen | dict(paths=data_paths(task, chosen["paths"]), output=output)))
+    fit(Settings(task, **chosen | dict(paths=[chosen["paths"] or task], output=output)))
 
 
 def load_for(name: str, path: str, device: torch.device) -> Objective:
     """The model of a checkpoint, which must be one for this task; raises `Problem`."""
-    model = load(path, device)
-    ours, theirs = data.TASKS[name], data.TASKS[model.name]
-    if ours.kind != theirs.kind or ours.labels and list(ours.labels) != model.labels:
+    model, task = load(path, device), data.TASKS[name]
+    if task.kind != model.kind or task.labels and list(task.labels) != model.labels:
         raise Problem(f"{path} is a model for {model.name} and cannot be scored on {name}"
                       + f": `codessm finetune {name} --ckpt {path}` makes a model for it" * (name in FINETUNED))
     return model
@@ -1235,7 +1186,8 @@ def evaluate(task, ckpt, split, predictions, **chosen):
     TASK: a task of finetune, or mlm, which predicts masked tokens of a corpus with a pretrained checkpoint.
     """
     started = time.monotonic()
-    settings = Settings(task, ckpt=ckpt, **chosen | dict(paths=data_paths(task, chosen["paths"])))
+    path = chosen["paths"] or (task if task in FINETUNED else None)
+    settings = Settings(task, ckpt=ckpt, **chosen | dict(paths=[path] if path else []))
     if task not in FINETUNED and predictions is not None:
         raise click.UsageError(f"--predictions is not for {task}")
     if task in FINETUNED and (settings.code_field or settings.text_field):
@@ -1268,9 +1220,6 @@ def evaluate(task, ckpt, split, predictions, **chosen):
                   seconds=round(seconds, 1), peak_memory=tasks.peak_memory(device))
     print_result(result, settings.as_json, f"{task} {split}, {len(examples.examples):,} examples in {seconds:.0f} s: "
                                            f"{model.format_metrics(metrics)}")
-
-
-PREDICT = 4096  # records at a time
 
 
 @cli.command(epilog="Example: codessm predict --ckpt devign.pt functions.jsonl > predictions.jsonl")
@@ -1321,10 +1270,10 @@ def search_command(query, paths, ckpt, k, batch, device, as_json):
     elif model.kind != "retrieval":
         info(f"{ckpt} was not fine-tuned for retrieval, and finds less than a model that was")
     with closing(tasks.Index(paths or ["."], model, batch)) as index:
-        for line in iter(sys.stdin.readline, "") if query == "-" else ():
-            answers = [hit._asdict() for hit in index.search(line, k)] if line.strip() else []
-            click.echo(json.dumps({"query": line.rstrip("\n"), "answers": answers}))
         if query == "-":
+            for line in sys.stdin:
+                answers = [hit._asdict() for hit in index.search(line, k)] if line.strip() else []
+                click.echo(json.dumps({"query": line.rstrip("\n"), "answers": answers}))
             return
         hits = index.search(query, k)
     for hit in hits:
@@ -1448,7 +1397,8 @@ def bench(lengths, models, train, batch_tokens, attention, repeats, kernels, siz
     precision = "bfloat16" if tasks.bf16(device) else "float32"
     if not as_json:
         click.echo(f"{hardware}, torch {torch.__version__}, {size}, {'training' if train else 'inference'}, "
-                   f"{batch_tokens:,} tokens a batch, {precision}; one large matrix product: {rate / 1e12:.3g} TFLOP/s\n"
+                   f"{batch_tokens:,} tokens a batch, {precision}; one large matrix product: "
+                   f"{rate / 1e12:.3g} TFLOP/s\n"
                    f"{'model':15} {'length':>7} {'batch':>6} {'samples/s':>10} {'tokens/s':>10} {'memory':>8} "
                    f"{'share':>6} {'ratio':>6} {'first run':>9}")
     bar = data.progress(cases, desc="measuring", unit=" rows", unit_scale=False, leave=False, miniters=1)
@@ -1557,12 +1507,6 @@ def make_figure(path: str):
     return matplotlib.figure.Figure(figsize=(5, 3.2), layout="constrained")
 
 
-def save_figure(figure, path: str) -> None:
-    with data.atomic(path) as file:
-        figure.savefig(file, format=Path(path).suffix[1:], dpi=200)
-    info(f"figure in {path}")
-
-
 def plot_filters(figure, models: dict[str, dict[tuple[int, str], tasks.Filters]]) -> None:
     """Draw magnitude and phase of each layer and direction, and below them the classes of each layer.
 
@@ -1595,11 +1539,6 @@ def plot_filters(figure, models: dict[str, dict[tuple[int, str], tasks.Filters]]
     bottom.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=5)
 
 
-def plain_label(path: str) -> str:
-    """A path as a label of matplotlib, in which $ would begin a formula."""
-    return path.replace("$", r"\$")
-
-
 def read_curves(path: str) -> dict[str, np.ndarray]:
     """The validation metrics of a log, by name, as (n, 3) arrays of step, tokens and value; raises `Problem`."""
     rows = [row for _, row in data.Records([data.open_source(path)], data.parse_json)]
@@ -1612,34 +1551,26 @@ def read_curves(path: str) -> dict[str, np.ndarray]:
     return {name: np.array(points) for name, points in curves.items()}
 
 
-def compare_runs(paths: Sequence[str], plot: str | None, against: str, as_json: bool) -> None:
-    """The validation metric of several runs against steps or tokens, from their metrics logs."""
-    figure = make_figure(plot) if plot else None
-    curves, column = {path: read_curves(path) for path in paths}, ["steps", "tokens"].index(against)
+def compare_runs(paths: Sequence[str], against: str, figure, show: Callable[[str], None]) -> dict:
+    """Show and draw the validation metric of several runs against steps or tokens; returns the curves for JSON."""
+    logs, column = {path: read_curves(path) for path in paths}, ["steps", "tokens"].index(against)
     known = dict.fromkeys(("accuracy", *(task.metric for task in data.TASKS.values())))
-    metric = next((name for name in known if all(name in curve for curve in curves.values())), None)
+    metric = next((name for name in known if all(name in log for log in logs.values())), None)
     if metric is None:
         raise Problem(f"{data.listed(paths)}: there is no metric that all of them were validated with")
-    curves = {path: some[metric] for path, some in curves.items()}
-    if as_json:
-        click.echo(json.dumps({"metric": metric, "runs": [
-            dict(log=path, **dict(zip(("steps", "tokens", "values"), curve.T.tolist())))
-            for path, curve in curves.items()]}))
-    else:
-        width = max(map(len, paths))
-        click.echo(f"{'log':{width}} {'steps':>8} {'tokens':>13} {'last':>7} {'best':>7}  {metric} against {against}")
-        for path, curve in curves.items():
-            steps, tokens, last = curve[-1]
-            grid = np.linspace(0, curve[-1, column], 24)
-            click.echo(f"{path:{width}} {steps:8,.0f} {tokens:13,.0f} {last:7.4f} {curve[:, 2].max():7.4f}  "
-                       f"{draw(np.interp(grid, curve[:, column], curve[:, 2]))}")
-    if figure:
-        axis = figure.subplots()
-        for path, curve in curves.items():
-            axis.plot(curve[:, column], curve[:, 2], marker=".", label=plain_label(path))
-        axis.set(xlabel=against, ylabel=f"validation {metric}")
-        axis.legend()
-        save_figure(figure, plot)
+    axis, width, runs = figure and figure.subplots(), max(map(len, paths)), []
+    show(f"{'log':{width}} {'steps':>8} {'tokens':>13} {'last':>7} {'best':>7}  {metric} against {against}")
+    for path, log in logs.items():
+        steps, tokens, values = curve = log[metric].T
+        grid = np.linspace(0, curve[column, -1], 24)
+        show(f"{path:{width}} {steps[-1]:8,.0f} {tokens[-1]:13,.0f} {values[-1]:7.4f} {values.max():7.4f}  "
+             f"{draw(np.interp(grid, curve[column], values))}")
+        runs.append(dict(log=path, steps=steps.tolist(), tokens=tokens.tolist(), values=values.tolist()))
+        if axis:
+            axis.plot(curve[column], values, marker=".", label=path)
+            axis.set(xlabel=against, ylabel=f"validation {metric}")
+            axis.legend()
+    return {"metric": metric, "runs": runs}
 
 
 @cli.command(epilog="Example: codessm interpret model.pt devign.pt --probe --plot shift.pdf")
@@ -1657,7 +1588,7 @@ def compare_runs(paths: Sequence[str], plot: str | None, against: str, as_json: 
 @click.option("--against", type=click.Choice(["steps", "tokens"]), default="steps", show_default=True,
               help="What the curves of metrics logs run along.")
 @options("--seed --device --json", seed="Seed of the choice of pairs.")
-def interpret(paths, length, threshold, probe, pairs, plot, against, seed, device, as_json):
+def interpret(paths, plot, against, as_json, **chosen):
     """Show what kernels and layers have learned.
 
     PATHS: a checkpoint, two checkpoints (before and after fine-tuning), or metrics logs of runs (model.pt.jsonl).
@@ -1674,28 +1605,40 @@ def interpret(paths, length, threshold, probe, pairs, plot, against, seed, devic
     In brackets is the accuracy of the control task, in which each pair of words has a random label: a probe is of
     interest as far as it is above that. Layer 0 is the embedding.
     """
-    if all(os.path.isfile(path) and data.is_log(path) for path in paths):
-        compare_runs(paths, plot, against, as_json)
-        return
-    if len(paths) > 2:
-        raise click.UsageError("give one or two checkpoints, or metrics logs alone")
     figure = make_figure(plot) if plot else None
-    models = {path: load(path, choose_device(device)) for path in dict.fromkeys(paths)}
+    show = (lambda line: None) if as_json else click.echo
+    if all(os.path.isfile(path) and data.is_log(path) for path in paths):
+        result = compare_runs(paths, against, figure, show)
+    elif len(paths) <= 2:
+        result = show_models(dict.fromkeys(paths), figure=figure, show=show, **chosen)
+    else:
+        raise click.UsageError("give one or two checkpoints, or metrics logs alone")
+    if figure:
+        with data.atomic(plot) as file:
+            figure.savefig(file, format=Path(plot).suffix[1:], dpi=200)
+        info(f"figure in {plot}")
+    if as_json:
+        click.echo(json.dumps(result))
+
+
+def show_models(paths: Iterable[str], length: int | None, threshold: float, probe: list[str], pairs: int, seed: int,
+                device: str, figure, show: Callable[[str], None]) -> dict:
+    """Show and draw the filters of one or two models, and what their layers know; returns it for JSON."""
+    models = {path: load(path, choose_device(device)) for path in paths}
     for path, model in models.items():
         if not all(weight.isfinite().all() for weight in model.parameters()):
             raise Problem(f"{path}: weights that are not finite numbers: its training went wrong", 1)
     length = length or next(iter(models.values())).ctx
     filters = {path: tasks.kernel_filters(model.encoder, length, threshold) for path, model in models.items()}
-    if not any(filters.values()) and (plot or not probe):
+    if not any(filters.values()) and (figure or not probe):
         raise Problem(f"{data.listed(models)}: no S4D kernels to show or plot; --probe alone looks at the layers")
-    show = (lambda line: None) if as_json else click.echo
     result: dict = {"threshold": threshold, "models": []}
     for path, model in models.items():
         config, found = model.encoder.config, filters[path]
         result["models"].append(dict(checkpoint=path, model=config["model"], task=model.name, length=length,
                                      kernels=rows_of_filters(found)))
-        show(f"{path}: {config['model']}, {len(model.encoder.layers)} x {config['d']}, {model.name}"
-             + (f"; {length} tokens" if found else "; no S4D kernels"))
+        show(f"{path}: {config['model']}, {len(model.encoder.layers)} x {config['d']}, {model.name}; "
+             + (f"{length} tokens" if found else "no S4D kernels"))
         for line in describe_filters(found) if found else ():
             show(line)
     shapes = [{key: len(found.classes) for key, found in some.items()} for some in filters.values()]
@@ -1714,10 +1657,8 @@ def interpret(paths, length, threshold, probe, pairs, plot, against, seed, devic
             for number, layer in enumerate(zip(*relations.values())):
                 show(f"{number:5}  " + "".join(f"{row['accuracy']:9.3f} ({row['control']:.2f})" for row in layer))
     if figure:
-        plot_filters(figure, {plain_label(path): found for path, found in filters.items() if found})
-        save_figure(figure, plot)
-    if as_json:
-        click.echo(json.dumps(result))
+        plot_filters(figure, {path: found for path, found in filters.items() if found})
+    return result
 
 
 @cli.command(epilog="Example: codessm corpus ~/projects -o corpus.jsonl")

@@ -175,7 +175,7 @@ def models(tmp_path, tokenizer, monkeypatch):
         if name == "model":
             model.encoder.layers[1].backward_ssm.log_step.data.add_(1)
             tasks.save("tuned.pt", model)
-    os.link("model.pt", "_$_$.pt")
+    os.link("model.pt", "copy.pt")
 
 
 def result(*args):
@@ -183,7 +183,7 @@ def result(*args):
 
 
 def test_filters_and_shifts_by_the_command(models):
-    assert result("model.pt", "_$_$.pt")["shift"]["model"] == 0
+    assert result("model.pt", "copy.pt")["shift"]["model"] == 0
     found, ssms = result("model.pt", "tuned.pt", "--length", 99), [
         codessm.load(path).encoder.layers[1].backward_ssm for path in ("model.pt", "tuned.pt")]
     before, after = (tasks.analyse(ssm, 99) for ssm in ssms)
@@ -218,7 +218,7 @@ def test_logs_and_plots(models, programs, tmp_path):
     says(0, ["mrr against steps", " 0.3000  0.5000  "], "interpret", *logs)
     says(2, "no metric that all", "interpret", *logs, write_lines("f1.jsonl", [{"step": 0, "valid_f1": 0.1}]))
     pytest.importorskip("matplotlib")
-    for plot, magic, *args in (("a.png", b"\x89PNG", "_$_$.pt", "tuned.pt"), ("b.pdf", b"%PDF", "many.pt", "codef.pt"),
+    for plot, magic, *args in (("a.png", b"\x89PNG", "copy.pt", "tuned.pt"), ("b.pdf", b"%PDF", "many.pt", "codef.pt"),
                                ("c.png", b"\x89PNG", *logs, "--against", "tokens"), ("d.svg", b"<?xml", *logs)):
         says(0, f"figure in {plot}", "interpret", *args, "--plot", plot)
         assert (tmp_path / plot).read_bytes().startswith(magic)
