@@ -665,6 +665,7 @@ class Encoder(nn.Module):
         if kind.attention and layers < 2:
             raise ValueError(f"{model} needs two layers or more")
         self.max_length = ctx if kind.positions else None
+        self.shrink = min(1, math.sqrt(8 / (k or 1)))  # for c and m: matrices of many kernels take no more memory
         self.config = dict(vocab=vocab, d=d, layers=layers, N=N, model=model, kernels=k, ctx=self.max_length)
         self.embedding = nn.Embedding(vocab, d)
         self.positions = nn.Embedding(ctx, d) if kind.positions else None
@@ -725,7 +726,7 @@ class Encoder(nn.Module):
             with_ssms = [layer for layer in layers if isinstance(layer, BiGSLayer)]
             ssms = [ssm for layer in with_ssms for ssm in (layer.forward_ssm, layer.backward_ssm)]
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.kernel_cache is None):
-                made = iter(make_kernels(ssms, c, n, max(1, int(GROUP * self.shrink())), dtype, layers[0].causal))
+                made = iter(make_kernels(ssms, c, n, max(1, int(GROUP * self.shrink)), dtype, layers[0].causal))
             kernels = [next(made) if layer in with_ssms else None for layer in layers]
             if self.kernel_cache is not None:
                 # (on a GPU all stay: recorded batches read them at their addresses)
@@ -734,17 +735,13 @@ class Encoder(nn.Module):
                 self.kernel_cache[n, c, dtype] = kernels
         return kernels
 
-    def shrink(self) -> float:
-        """The factor on c and m with more than 8 kernels, so that the matrices of all of them take no more memory."""
-        return min(1.0, math.sqrt(8 / (self.config["kernels"] or 1)))
-
     def chunks(self, L: int) -> tuple[int, int] | None:
         """(n, c): L tokens are convolved in n chunks of c. None if the layers are not BiGS."""
         if not isinstance(self.layers[0], BiGSLayer):
             return None
         if self.layers[0].fourier:
             return 1, L
-        longest = CHUNK.get(self.embedding.weight.device.type, 256) * self.shrink()
+        longest = CHUNK.get(self.embedding.weight.device.type, 256) * self.shrink
         longest = self.chunk or max(8, int(longest) // 8 * 8)
         n = -(-L // longest)
         return n, -(-L // (8 * n)) * 8  # the matrix units want multiples of 8
@@ -810,8 +807,10 @@ def integer(least: int = 1, most: int = 10**12, **more: object) -> dict:
 
 OPTIONS = {
     "--ckpt": dict(metavar="FILE", required=True, help="The checkpoint."),
-    "--data": dict(metavar="PATH"),
-    "--ctx": integer(8, 2**24),
+    "--data": dict(metavar="PATH", help="The folder or file of the benchmark as published, or a corpus for mlm.  "
+                                        "[default: ./TASK; mlm: the standard library]"),
+    "--ctx": integer(8, 2**24, help="Tokens per sample, or per function of a task, with special tokens.  [default: "
+                                    "that of the model or the task; in pretraining 256]"),
     "--size": dict(type=click.Choice(list(SIZES)),
                    help="12 layers of width 1024, 6 of 512, or 4 of 128.  [default: base]"),
     "--model": dict(type=click.Choice(list(MODELS)),
@@ -824,12 +823,14 @@ OPTIONS = {
                                              "merges.txt.  [default: train one on the data]"),
     "--vocab": integer(1, 10_000_000, help="Entries of the tokenizer to train.  [default: 32100; tiny: 4096]"),
     "--steps": integer(help="Optimizer steps, in place of --epochs."),
-    "--epochs": integer(),
+    "--epochs": integer(help="Passes over the training data.  [default: the task's; in pretraining 1]"),
     "--batch": integer(1, 2**20, default=32, show_default=True,
                        help="Samples at a time; the result does not depend on it (except for codef)."),
     "--accumulate": integer(default=1, show_default=True, help="Cut each batch into N pieces, to save memory."),
-    "--lr": dict(type=click.FloatRange(0, min_open=True), metavar="RATE"),
-    "--eval-every": integer(),
+    "--lr": dict(type=click.FloatRange(0, min_open=True), metavar="RATE",
+                 help="Peak learning rate.  [default: 5e-4 for base, 1e-3 small, 2e-3 tiny; less for bertcoder, "
+                      "rocoder and zamba; with --init a tenth]"),
+    "--eval-every": integer(help="Steps between evaluations.  [default: an epoch's; in pretraining a tenth of all]"),
     "--obfuscate": dict(type=click.FloatRange(0, 1), metavar="SHARE",
                         help="Replace the names in this share of the training functions, drawn anew each epoch "
                              "(retrieval of Python).  [default: 0.5 for advtest, else 0]"),
@@ -841,8 +842,8 @@ OPTIONS = {
     "--max-line": integer(1, 10_000, metavar="MB", default=data.MAX_LINE // 10**6, show_default=True,
                           help="A longer line is a bad line."),
     "--skip-bad": dict(is_flag=True, help="Skip and count bad lines; without it the first one is an error."),
-    "--seed": integer(0, 2**63 - 1, default=0, show_default=True, help="Seed of weights, order, windows and masks."),
-    "-o": dict(metavar="FILE"),
+    "--seed": integer(0, 2**63 - 1, default=0, show_default=True, help="Seed of all random choices."),
+    "-o": dict(metavar="FILE", help="The checkpoint to write.  [default: TASK.pt; of pretraining model.pt]"),
     "--restart": dict(is_flag=True, help="Start over and replace what an earlier run left at -o."),
     "--device": dict(default="auto", show_default=True, help="cpu, cuda, cuda:1, mps, or auto: cuda if there is one."),
     "--compile/--no-compile": dict(default=None, help="Compile the layers, anew for each padded length.  "
@@ -852,12 +853,11 @@ OPTIONS = {
 PARAMETERS = {"--compile/--no-compile": "compiled", "--data": "paths", "-o": "output", "--json": "as_json"}
 
 
-def options(names: str, **changes: dict | str) -> Callable:
-    """Add the named options to a command; `changes` are the attributes, or just the help, that differ in this one."""
+def options(names: str, **changes: dict) -> Callable:
+    """Add the named options to a command; `changes` are the attributes that differ in this one, by the option."""
     def decorate(command: Callable) -> Callable:
         for name in reversed(names.split()):
             change = changes.get(name.split("/")[0].strip("-").replace("-", "_"), {})
-            change = {"help": change} if isinstance(change, str) else change
             command = click.option(name, *filter(None, [PARAMETERS.get(name)]), **OPTIONS[name] | change)(command)
         return command
     return decorate
@@ -1059,9 +1059,9 @@ def fit(settings: Settings) -> None:
         del pretrained, init  # frees their memory
         objective = objective.to(device)
         compiled = tasks.compile_objective(objective, settings.compiled, tasks.compiling_pays(train, settings.steps))
-        parameters = sum(parameter.numel() for parameter in objective.parameters())
-        describe(settings, dataset, objective, parameters, train, held_out["valid"], copied, device, compiled)
         trainer = tasks.Trainer(objective, train, held_out["valid"], splits["valid"], output, settings, compiled)
+        parameters = sum(parameter.numel() for parameter in objective.parameters())
+        describe(trainer, parameters, dataset, copied)
         trainer.begin(state)
         metrics = {"valid": trainer.run()}
         if "test" in splits:
@@ -1078,9 +1078,9 @@ def fit(settings: Settings) -> None:
                    for split, found in metrics.items()))
 
 
-def describe(settings: Settings, dataset: data.Dataset, objective: Objective, parameters: int, train: data.Batches,
-             valid: data.Batches, copied: str, device: torch.device, compiled: bool) -> None:
+def describe(trainer: tasks.Trainer, parameters: int, dataset: data.Dataset, copied: str) -> None:
     """Print every resolved setting, before the work begins."""
+    settings, objective, device = trainer.settings, trainer.objective, trainer.stepper.device
     config, labels, ranks = objective.encoder.config, objective.labels, data.world_size()
     facts = {
         "task": settings.task + f" ({objective.kind})" * (objective.kind != settings.task)
@@ -1089,16 +1089,17 @@ def describe(settings: Settings, dataset: data.Dataset, objective: Objective, pa
         "init": copied,
         "labels": labels and f"{len(labels):,}: {data.listed(labels, 8)}",
         "tokenizer": f"{objective.tokenizer.vocab:,} entries",
-        "samples": f"ctx {settings.ctx}; an evaluation encodes {len(valid.examples):,} distinct ones",
+        "samples": f"ctx {settings.ctx}; an evaluation encodes {len(trainer.valid.examples):,} distinct ones",
         "model": f"{config['model']}, {len(objective.encoder.layers)} x {config['d']}"
                  + f", {config['kernels']} kernels per direction" * (config["kernels"] > 1)
                  + f", {parameters:,} parameters, on {device} in "
-                 + ("bfloat16" if tasks.bf16(device) else "float32") + ", compiled" * compiled,
+                 + ("bfloat16" if tasks.bf16(device) else "float32") + ", compiled" * objective.compiled,
         "processes": f"{ranks}, which share each batch" * (ranks > 1),
-        "training": f"{settings.steps:,} steps of {settings.batch} samples ({settings.steps / len(train):.1f} epochs), "
-                    f"peak learning rate {settings.lr:g} after {tasks.warmup(settings.steps):,} steps, weight decay "
-                    f"{tasks.WEIGHT_DECAY:g}, seed {settings.seed}, accumulate {settings.accumulate}, an evaluation "
-                    f"every {settings.eval_every:,} steps"
+        "training": f"{settings.steps:,} steps of {settings.batch} samples ("
+                    f"{settings.steps / len(trainer.train):.1f} epochs), peak learning rate {settings.lr:g} after "
+                    f"{tasks.warmup(settings.steps):,} steps, weight decay {tasks.WEIGHT_DECAY:g}, "
+                    f"seed {settings.seed}, accumulate {settings.accumulate}, an evaluation every "
+                    f"{settings.eval_every:,} steps"
                     + f", names replaced in {settings.obfuscate:.0%} of the functions" * (settings.obfuscate > 0),
         "output": f"{settings.output}, metrics in {settings.output}.jsonl"}
     for name, fact in facts.items():
@@ -1114,17 +1115,12 @@ def print_result(result: dict, as_json: bool, *sentences: str) -> None:
 
 TRAINING = ("--ctx --model --kernels --size --init --tokenizer --vocab --steps --epochs --batch --accumulate --lr "
             "--eval-every --limit --skip-bad --max-line --seed -o --restart --device --compile/--no-compile --json")
-LR_HELP = "Peak learning rate.  [default: 5e-4 for base, 1e-3 small, 2e-3 tiny; less for bertcoder, rocoder and zamba"
+BATCH = dict(default=None, show_default=False, help="Samples per step.  [default: 32; of retrieval 128]")
 
 
 @cli.command(epilog="Example: codessm pretrain corpus.jsonl --ctx 256 --steps 10000 -o model.pt")
 @click.argument("corpus", nargs=-1)
-@options("--bag-of-words " + TRAINING + " --code-field --text-field",
-         ctx="Tokens per sample, with special tokens.  [default: 256]", epochs="Passes over the corpus.  [default: 1]",
-         batch=dict(default=None, show_default=False, help="Samples per step.  [default: 32]"),
-         lr=LR_HELP + ", with --init a tenth]",
-         eval_every="Steps between evaluations.  [default: a tenth of all]",
-         o=dict(default="model.pt", show_default=True, help="The checkpoint to write."))
+@options("--bag-of-words " + TRAINING + " --code-field --text-field", batch=BATCH, o=dict(default="model.pt"))
 def pretrain(corpus, **chosen):
     """Pretrain an encoder by masked language modelling.
 
@@ -1140,15 +1136,8 @@ FINETUNED = [name for name, task in data.TASKS.items() if task.line]
 
 @cli.command(epilog="Example: codessm finetune devign --ckpt model.pt --data devign/ -o devign.pt")
 @click.argument("task", metavar="TASK", type=click.Choice(FINETUNED))
-@options("--ckpt --data --obfuscate " + TRAINING,
-         ckpt=dict(required=False, help="The pretrained checkpoint to start from; without one, from scratch."),
-         data="The folder (or file) of the benchmark as published.  [default: ./TASK]",
-         ctx="Tokens per function, with special tokens.  [default: the task's]",
-         epochs="Passes over the training split.  [default: the task's]",
-         lr=LR_HELP + "]",
-         batch=dict(default=None, show_default=False, help="Samples per step.  [default: 32; of retrieval 128]"),
-         eval_every="Steps between evaluations.  [default: those of an epoch]",
-         o="The checkpoint to write.  [default: TASK.pt]")
+@options("--ckpt --data --obfuscate " + TRAINING, batch=BATCH,
+         ckpt=dict(required=False, help="The pretrained checkpoint to start from; without one, from scratch."))
 def finetune(task, **chosen):
     """Fine-tune an encoder on TASK and score it.
 
@@ -1162,21 +1151,10 @@ def finetune(task, **chosen):
     fit(Settings(task, **chosen | dict(paths=[chosen["paths"] or task], output=output)))
 
 
-def load_for(name: str, path: str, device: torch.device) -> Objective:
-    """The model of a checkpoint, which must be one for this task; raises `Problem`."""
-    model, task = load(path, device), data.TASKS[name]
-    if task.kind != model.kind or task.labels and list(task.labels) != model.labels:
-        raise Problem(f"{path} is a model for {model.name} and cannot be scored on {name}"
-                      + f": `codessm finetune {name} --ckpt {path}` makes a model for it" * (name in FINETUNED))
-    return model
-
-
 @cli.command(epilog="Example: codessm evaluate devign --ckpt devign.pt --split test --predictions predictions.txt")
 @click.argument("task", metavar="TASK", type=click.Choice(list(data.TASKS)))
 @options("--ckpt --data --ctx --batch --limit --skip-bad --max-line --code-field --text-field --device "
-         "--compile/--no-compile --json",
-         data="The folder (or file) of the benchmark; for mlm a corpus.  [default: ./TASK; mlm: the standard library]",
-         ctx="Tokens per function.  [default: as trained]")
+         "--compile/--no-compile --json")
 @click.option("--split", default="test", show_default=True, type=click.Choice(data.SPLITS),
               help="The split to score; for mlm test is the whole corpus, valid the held-out part of it.")
 @click.option("--predictions", metavar="FILE", help="Write the predictions as CodeXGLUE's evaluators read them.")
@@ -1192,9 +1170,12 @@ def evaluate(task, ckpt, split, predictions, **chosen):
         raise click.UsageError(f"--predictions is not for {task}")
     if task in FINETUNED and (settings.code_field or settings.text_field):
         raise click.UsageError("--code-field and --text-field are for mlm")
-    dataset = None
+    model = dataset = None
     if data.rank() == 0:
-        model = load_for(task, ckpt, choose_device(settings.device))
+        model, ours = load(ckpt, choose_device(settings.device)), data.TASKS[task]
+        if ours.kind != model.kind or ours.labels and list(ours.labels) != model.labels:
+            raise Problem(f"{ckpt} is a model for {model.name} and cannot be scored on {task}"
+                          + f": `codessm finetune {task} --ckpt {ckpt}` makes a model for it" * (task in FINETUNED))
         if predictions is not None:
             data.check_writable(predictions, "--predictions")
             if os.path.exists(predictions):
@@ -1204,7 +1185,7 @@ def evaluate(task, ckpt, split, predictions, **chosen):
         settings.ctx = choose_ctx(settings.ctx, model.ctx, model.encoder, ckpt)
     dataset, settings = data.broadcast((dataset, settings))
     device = choose_device(settings.device)
-    model = load_for(task, ckpt, device) if data.rank() > 0 else model
+    model = model or load(ckpt, device)
     store = data.tokenise(dataset, model.tokenizer, settings.ctx, dataset.splits[split].items())
     examples = dataset.splits[split]  # of a tagger only now, as windows of its files
     batches = data.Batches(store, model.tokenizer, settings.ctx, examples.items()[:, None], settings.batch)
@@ -1224,8 +1205,7 @@ def evaluate(task, ckpt, split, predictions, **chosen):
 
 @cli.command(epilog="Example: codessm predict --ckpt devign.pt functions.jsonl > predictions.jsonl")
 @click.argument("files", nargs=-1)
-@options("--ckpt --ctx --batch --skip-bad --max-line --device",
-         ctx="Tokens per function.  [default: as trained]")
+@options("--ckpt --ctx --batch --skip-bad --max-line --device")
 def predict(files, ckpt, ctx, batch, skip_bad, max_line, device):
     """Predict labels or scores for source files or JSONL.
 
@@ -1248,9 +1228,8 @@ def predict(files, ckpt, ctx, batch, skip_bad, max_line, device):
 @cli.command("search", epilog='Example: codessm search "parse a date" src/ --ckpt retrieval.pt')
 @click.argument("query")
 @click.argument("paths", nargs=-1)
-@options("--ckpt --batch --device --json", batch="Units encoded at a time.",
-         ckpt=dict(required=False, help="A model, best one of `finetune retrieval`.  [default: BM25 alone]"),
-         json="Print a line of JSON for each answer.")
+@options("--ckpt --batch --device --json",
+         ckpt=dict(required=False, help="A model, best one of `finetune retrieval`.  [default: BM25 alone]"))
 @click.option("-k", **integer(default=10), show_default=True, help="Answers.")
 def search_command(query, paths, ckpt, k, batch, device, as_json):
     """Search source code.
@@ -1286,7 +1265,7 @@ def search_command(query, paths, ckpt, k, batch, device, as_json):
 
 @cli.command(epilog="Example: codessm embed --ckpt retrieval.pt src/ -o vectors.npy")
 @click.argument("paths", nargs=-1)
-@options("--ckpt --batch --skip-bad --max-line --device -o --restart --json", batch="Units encoded at a time.",
+@options("--ckpt --batch --skip-bad --max-line --device -o --restart --json",
          o=dict(required=True, help="The .npy to write; FILE.jsonl in its place says what each row is."))
 @click.option("--max-tokens", **integer(8, tasks.LONGEST), help="Tokens read of each unit.  [default: all]")
 @click.option("--float16", is_flag=True, help="Write float16 rather than float32.")
@@ -1365,8 +1344,7 @@ def comma_list(kind: click.ParamType) -> Callable:
               help="In bertcoder and rocoder: PyTorch's fused kernels, or plain, with the L x L matrices in memory.")
 @click.option("--repeats", **integer(), help="Runs of which the median is taken.  [default: 10 on a GPU, 3 on a CPU]")
 @options("--kernels --size --device --compile/--no-compile --json", size=dict(default="base"),
-         kernels="S4D kernels per direction in the models that have some.  [default: the model's own]",
-         compile="Compile the layers.  [default: on a GPU]")
+         compile=dict(help="Compile the layers.  [default: on a GPU]"))
 def bench(lengths, models, train, batch_tokens, attention, repeats, kernels, size, device, compiled, as_json):
     """Measure speed and memory of the models on this machine.
 
@@ -1539,35 +1517,25 @@ def plot_filters(figure, models: dict[str, dict[tuple[int, str], tasks.Filters]]
     bottom.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=5)
 
 
-def read_curves(path: str) -> dict[str, np.ndarray]:
-    """The validation metrics of a log, by name, as (n, 3) arrays of step, tokens and value; raises `Problem`."""
-    rows = [row for _, row in data.Records([data.open_source(path)], data.parse_json)]
-    tokens = [(0, 0), *((row["step"], row["tokens"]) for row in rows if "tokens" in row)]
-    curves = {}
-    for row in rows:
-        for name in row:
-            if name.startswith("valid_"):
-                curves.setdefault(name[6:], []).append((row["step"], np.interp(row["step"], *zip(*tokens)), row[name]))
-    return {name: np.array(points) for name, points in curves.items()}
-
-
 def compare_runs(paths: Sequence[str], against: str, figure, show: Callable[[str], None]) -> dict:
-    """Show and draw the validation metric of several runs against steps or tokens; returns the curves for JSON."""
-    logs, column = {path: read_curves(path) for path in paths}, ["steps", "tokens"].index(against)
+    """Show and draw the validation metric of several runs against steps or tokens; returns it for JSON."""
+    logs = {path: [row for _, row in data.Records([data.open_source(path)], data.parse_json)] for path in paths}
     known = dict.fromkeys(("accuracy", *(task.metric for task in data.TASKS.values())))
-    metric = next((name for name in known if all(name in log for log in logs.values())), None)
+    metric = next((name for name in known if all(any(f"valid_{name}" in row for row in log) for log in logs.values())),
+                  None)
     if metric is None:
         raise Problem(f"{data.listed(paths)}: there is no metric that all of them were validated with")
     axis, width, runs = figure and figure.subplots(), max(map(len, paths)), []
     show(f"{'log':{width}} {'steps':>8} {'tokens':>13} {'last':>7} {'best':>7}  {metric} against {against}")
     for path, log in logs.items():
-        steps, tokens, values = curve = log[metric].T
-        grid = np.linspace(0, curve[column, -1], 24)
+        steps, values = np.array([(row["step"], row[f"valid_{metric}"]) for row in log if f"valid_{metric}" in row]).T
+        tokens = np.interp(steps, *zip((0, 0), *((row["step"], row["tokens"]) for row in log if "tokens" in row)))
+        x = steps if against == "steps" else tokens
         show(f"{path:{width}} {steps[-1]:8,.0f} {tokens[-1]:13,.0f} {values[-1]:7.4f} {values.max():7.4f}  "
-             f"{draw(np.interp(grid, curve[column], values))}")
+             f"{draw(np.interp(np.linspace(0, x[-1], 24), x, values))}")
         runs.append(dict(log=path, steps=steps.tolist(), tokens=tokens.tolist(), values=values.tolist()))
         if axis:
-            axis.plot(curve[column], values, marker=".", label=path)
+            axis.plot(x, values, marker=".", label=path)
             axis.set(xlabel=against, ylabel=f"validation {metric}")
             axis.legend()
     return {"metric": metric, "runs": runs}
@@ -1587,7 +1555,7 @@ def compare_runs(paths: Sequence[str], against: str, figure, show: Callable[[str
                                               ".svg (pip install 'codessm[plot]').")
 @click.option("--against", type=click.Choice(["steps", "tokens"]), default="steps", show_default=True,
               help="What the curves of metrics logs run along.")
-@options("--seed --device --json", seed="Seed of the choice of pairs.")
+@options("--seed --device --json")
 def interpret(paths, plot, against, as_json, **chosen):
     """Show what kernels and layers have learned.
 
@@ -1596,14 +1564,12 @@ def interpret(paths, plot, against, as_json, **chosen):
     Kernels are analysed as filters, at frequencies from 0 to 1, half a cycle per token: peak, the frequency of the
     largest magnitude; centroid and width, mean and standard deviation of the frequency, weighted by power; low, middle
     and high, the shares of power in the thirds of the spectrum; memory, the lag up to which 95 % of the energy of the
-    impulse response lies. The class says which thirds pass (see --threshold): low or low and middle, low-pass; middle,
-    band-pass; high or middle and high, high-pass; low and high, band-stop; all three, all-pass. Of two checkpoints also
-    what moved; a positive shift of the centroid is toward high frequencies, that is short range.
+    impulse response lies. The class says which thirds pass. Of two checkpoints also what moved: a positive shift of the
+    centroid is toward high frequencies, that is short range.
 
-    --probe trains a linear probe on the hidden states of each layer, for three relations between two tokens: their
-    distance in the syntax tree (2 to 6 edges), whether they are siblings in it, and whether a definition reaches a use.
-    In brackets is the accuracy of the control task, in which each pair of words has a random label: a probe is of
-    interest as far as it is above that. Layer 0 is the embedding.
+    --probe trains a linear probe on the hidden states of each layer (0 is the embedding), for three relations between
+    two tokens: distance in the syntax tree, siblings in it, and whether a definition reaches a use. In brackets is the
+    accuracy of the control task, in which each pair of words has a random label.
     """
     figure = make_figure(plot) if plot else None
     show = (lambda line: None) if as_json else click.echo
@@ -1673,23 +1639,21 @@ def corpus(paths, task, output_path):
     apart from its code; a file in another language is one record. Exact duplicates are dropped; hidden, vendored and
     installed folders below PATHS are left out.
 
-    --task advtest makes a code search benchmark of docstrings and functions, with obfuscated names in the valid and
-    test splits; --task search the same with all names kept, and with functions of other languages below a comment,
-    which `codessm finetune retrieval` reads to train a search model; --task typeinf makes a type inference benchmark of
-    annotations.
+    --task advtest makes a code search benchmark of docstrings and functions, names obfuscated in valid and test;
+    --task search the same with names kept, and with commented functions of other languages, which `codessm finetune
+    retrieval` reads to train a search model; --task typeinf a type inference benchmark of annotations.
     """
     paths = paths or [data.STANDARD_LIBRARY]
     if task:
         data.build_benchmark(task, paths, output_path or task)
-        return
-    if output_path is None:
+    elif output_path is None:
         data.build_corpus(paths, sys.stdout.buffer)
-        return
-    data.check_writable(output_path)
-    if os.path.exists(output_path) and not is_own_corpus(output_path):
-        raise Problem(f"{output_path} exists and is no corpus that this command wrote: give another -o")
-    with data.atomic(output_path) as file:
-        data.build_corpus(paths, file)
+    else:
+        data.check_writable(output_path)
+        if os.path.exists(output_path) and not is_own_corpus(output_path):
+            raise Problem(f"{output_path} exists and is no corpus that this command wrote: give another -o")
+        with data.atomic(output_path) as file:
+            data.build_corpus(paths, file)
 
 
 def is_own_corpus(path: str) -> bool:
