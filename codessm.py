@@ -10,7 +10,6 @@ CodeSSM (Verma et al. 2025, arXiv 2505.01475). Shapes and symbols:
     k  S4D kernels per direction, each for d / k channels       N  complex modes per kernel
     K  kernel, of the parameters A, C, D and the step Delta; A-bar and C-bar are A and C after discretisation
     u, y  input and output of the convolution
-    S  what a chunk adds to the state          H  state before a chunk
     T, E, O, P  the convolution as matrix products: within a chunk, into the state, out of it, across m chunks
 
 Complex numbers are stored as pairs of reals; complex arithmetic is used only to make kernels.
@@ -49,7 +48,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import click
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
 import data
@@ -93,14 +92,14 @@ class S4D(nn.Module):
             setattr(stacked, name, parameters.reshape(len(ssms) // 2, -1, *shape))
         return stacked
 
-    def discretise(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def discretise(self) -> tuple[Tensor, Tensor]:
         """z = Delta A, complex128, and C-bar, complex64, both (..., N); on the CPU if on MPS, which has no float64."""
         wide = dict(dtype=torch.float64, device="cpu" if self.C.device.type == "mps" else self.C.device)
         A = torch.complex(self.A_re.to(**wide).clamp(max=-1e-4), self.A_im.to(**wide))
         z = self.log_step.to(**wide).exp() * A
         return z, (torch.view_as_complex(self.C.to(**wide)) * (torch.expm1(z) / A)).to(self.C.dtype.to_complex())
 
-    def powers(self, count: int, lag: int = 1) -> torch.Tensor:
+    def powers(self, count: int, lag: int = 1) -> Tensor:
         """A-bar^l for l = 0, lag, ..., (count - 1) lag, complex64 (..., N, count).
 
         Computed in complex128 and rounded once: at l = 2,048 a float32 phase is wrong in its second digit.
@@ -108,17 +107,17 @@ class S4D(nn.Module):
         z, C_bar = self.discretise()
         return torch.exp(z[..., None] * (lag * torch.arange(count, device=z.device))).to(C_bar.dtype)
 
-    def kernel(self, L: int) -> torch.Tensor:
+    def kernel(self, L: int) -> Tensor:
         """K (..., L), float32, without D."""
         return (self.discretise()[1][..., None] * self.powers(L)).real.sum(-2)
 
 
 class Kernels(NamedTuple):
     """A layer's convolutions as matrices: k forward ones, then k backward ones. A single chunk needs T alone."""
-    TO: torch.Tensor  # (2k, c, c + 2N): T within a chunk, O out of the state with modes as Re, Im, Re, Im ...
-    E: torch.Tensor | None = None  # (2k, 2N, c): into the state
-    A: torch.Tensor | None = None  # (2k, N, 2), float32: A-bar^c; it takes the gradient, the values come from P
-    P: torch.Tensor | None = None  # (2k N, 2, m + 1, 2, m + 1), float32: powers of A-bar^c, across up to m chunks
+    TO: Tensor  # (2k, c, c + 2N): T within a chunk, O out of the state with modes as Re, Im, Re, Im ...
+    E: Tensor | None = None  # (2k, 2N, c): into the state
+    A: Tensor | None = None  # (2k, N, 2), float32: A-bar^c; it takes the gradient, the values come from P
+    P: Tensor | None = None  # (2k N, 2, m + 1, 2, m + 1), float32: powers of A-bar^c, across up to m chunks
 
 
 def make_kernels(ssms: list[S4D], c: int, n: int, m: int, dtype: torch.dtype, causal: bool = False) -> list[Kernels]:
@@ -131,14 +130,14 @@ def make_kernels(ssms: list[S4D], c: int, n: int, m: int, dtype: torch.dtype, ca
     """
     ssm, device = S4D.stack(ssms), ssms[0].C.device
 
-    def mirror(matrix: torch.Tensor, *time: int) -> torch.Tensor:
+    def mirror(matrix: Tensor, *time: int) -> Tensor:
         """Flip the backward half of a matrix (layers, 2k, ...) along its dimensions of time, unless `causal`."""
         if causal:
             return matrix
         forward, backward = matrix.chunk(2, 1)
         return torch.cat([forward, backward.flip(time)], 1)
 
-    def as_reals(Z: torch.Tensor) -> torch.Tensor:
+    def as_reals(Z: Tensor) -> Tensor:
         """Z (..., N, l), complex, as Re, Im, Re, Im ... (..., 2N, l)."""
         return torch.view_as_real(Z).movedim(-1, -2).flatten(-3, -2)
 
@@ -159,7 +158,7 @@ def make_kernels(ssms: list[S4D], c: int, n: int, m: int, dtype: torch.dtype, ca
     return [Kernels(*layer) for layer in zip(*matrices)]
 
 
-def toeplitz(K: torch.Tensor) -> torch.Tensor:
+def toeplitz(K: Tensor) -> Tensor:
     """The lower-triangular T (..., c, c) of K (..., c): T[i, j] = K[i - j] for i >= j."""
     c = K.shape[-1]
     # the windows of K[c - 1], ..., K[0], 0, ..., 0 are the rows of T, the last row first
@@ -181,8 +180,8 @@ class Convolution(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, u: torch.Tensor, TO: torch.Tensor, E: torch.Tensor | None, A: torch.Tensor | None,
-                P: torch.Tensor | None, causal: bool) -> torch.Tensor:
+    def forward(ctx, u: Tensor, TO: Tensor, E: Tensor | None, A: Tensor | None,
+                P: Tensor | None, causal: bool) -> Tensor:
         shape, (c, n) = u.shape, u.shape[1:3]
         u = u.reshape(*u.shape[:2], -1)
         if E is not None:
@@ -198,7 +197,7 @@ class Convolution(torch.autograd.Function):
         return torch.bmm(TO, u).view(shape)
 
     @staticmethod
-    def backward(ctx, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         u, TO, E, P = ctx.saved_tensors
         shape, (c, n) = dy.shape, dy.shape[1:3]
         dy = dy.reshape(*dy.shape[:2], -1)
@@ -213,7 +212,7 @@ class Convolution(torch.autograd.Function):
         return ((du[:, :c] + torch.bmm(E.mT, dS)).view(shape), dTO, torch.bmm(dS, u[:, :c].mT), dA, None, None)
 
 
-def carry(S: torch.Tensor, P: torch.Tensor, n: int, backwards: tuple[bool, bool]) -> torch.Tensor:
+def carry(S: Tensor, P: Tensor, n: int, backwards: tuple[bool, bool]) -> Tensor:
     """H, the state before each of n chunks, from what each chunk adds to it, S; both (2k, 2N, n q), in S's dtype.
 
         H_i = sum_(j < i) A-bar^(c (i - 1 - j)) S_j     or, where a half of the kernels runs `backwards`,
@@ -222,7 +221,7 @@ def carry(S: torch.Tensor, P: torch.Tensor, n: int, backwards: tuple[bool, bool]
     Up to m chunks are one product, which rounds each power of A-bar^c once, so that no error grows from chunk to chunk.
     More chunks go m at a time, with the state between the groups in float32. The cost is linear in n.
     """
-    def product(powers: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    def product(powers: Tensor, rows: Tensor) -> Tensor:
         """powers (k N, 2, i, 2, j) times rows (k N, 2, j, q); powers are mirrored in a half that runs backwards."""
         powers = powers.flip(2, 4) if back else powers
         return torch.bmm(powers.flatten(3).flatten(1, 2), rows.flatten(1, 2)).unflatten(1, (2, -1))
@@ -244,7 +243,7 @@ def carry(S: torch.Tensor, P: torch.Tensor, n: int, backwards: tuple[bool, bool]
     return torch.cat(halves).view(S.shape)
 
 
-def gelu(x: torch.Tensor) -> torch.Tensor:
+def gelu(x: Tensor) -> Tensor:
     """x Phi(x), exact; bfloat16 compiled for a GPU takes `Gelu`, whose error is below that of rounding."""
     fast = x.is_cuda and x.dtype == torch.bfloat16 and torch.compiler.is_compiling()
     return Gelu.apply(x) if fast else nn.functional.gelu(x)
@@ -257,14 +256,14 @@ class Gelu(torch.autograd.Function):
     The errors are below 4e-5, and 2e-4 in the derivative; rounding to bfloat16 has a relative error of up to 4e-3.
     """
     @staticmethod
-    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
+    def forward(ctx, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
         wide = x.float()
         # a copy, because dynamo of torch 2.11 gets gradients wrong where a cast does nothing
         return (wide * normal_cdf(wide)[1]).to(x.dtype, copy=True)
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
+    def backward(ctx, grad: Tensor) -> Tensor:
         x = ctx.saved_tensors[0].float()
         t, Phi = normal_cdf(x)
         dz = Q0 + t * (3 * Q1 + t * (5 * Q2))  # dz/dx = q + 2 x^2 q'
@@ -274,7 +273,7 @@ class Gelu(torch.autograd.Function):
 Q0, Q1, Q2 = 1.5948888, 0.074158467, -0.00073317494  # q(t) = Q0 + Q1 t + Q2 t^2
 
 
-def normal_cdf(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def normal_cdf(x: Tensor) -> tuple[Tensor, Tensor]:
     """t = min(x^2, 4.5^2) and Phi(x) = 1 / (1 + e^-z), z = x q(t), of float32 x; 0 where e^-z overflows."""
     t = (x * x).clamp(max=4.5 ** 2)
     e = torch.exp2(-math.log2(math.e) * x * (Q0 + t * (Q1 + t * Q2)))
@@ -318,8 +317,8 @@ class BiGSLayer(nn.Module):
         self.o = nn.Linear(3 * d, d)
         self.drop = nn.Dropout(dropout) if dropout else nn.Identity()
 
-    def forward(self, X: torch.Tensor, R: torch.Tensor, kernels: Kernels | None,
-                mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, X: Tensor, R: Tensor, kernels: Kernels | None,
+                mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return Xi = X + R and the next R = Xo - Xi, all (c, n, B, d); mask (c, n, B, 1), bool, is False at padding.
 
         The mask keeps padding out of the SSMs, the only place where positions mix. In the order (c, n, B) one matrix
@@ -348,30 +347,30 @@ class Gate(torch.autograd.Function):
     """U1 * U2 (tokens, d), U_i = W_i y_i + b_i, of y (2, tokens, d) and W (2, d, d) in one dtype, b (2, d) float32."""
 
     @staticmethod
-    def forward(ctx, y: torch.Tensor, W: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    def forward(ctx, y: Tensor, W: Tensor, b: Tensor) -> Tensor:
         U = torch.bmm(y, W.mT)
         ctx.save_for_backward(y, W, b, U)
         return ((U[0] + b[0]) * (U[1] + b[1])).to(y.dtype, copy=True)  # a copy, as in `Gelu`
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         y, W, b, U = ctx.saved_tensors
         dU = (grad * (U + b[:, None])).flip(0)  # (the compiler would move a flip of U alone to the forward pass)
         db, dU = dU.sum(1), dU.to(y.dtype)
         return torch.bmm(dU, W), torch.bmm(dU.mT, y), db
 
 
-def in_chunks(X: torch.Tensor, chunks: tuple[int, int]) -> torch.Tensor:
+def in_chunks(X: Tensor, chunks: tuple[int, int]) -> Tensor:
     """X (B, L, d) as (c, n, B, d), padded with zeros to n c tokens; `chunks` is (n, c)."""
     return pad(X, (0, 0, 0, math.prod(chunks) - X.shape[1])).unflatten(1, chunks).permute(2, 1, 0, 3).contiguous()
 
 
-def from_chunks(X: torch.Tensor) -> torch.Tensor:
+def from_chunks(X: Tensor) -> Tensor:
     """X (c, n, B, d) as (B, n c, d)."""
     return X.permute(2, 1, 0, 3).flatten(1, 2)
 
 
-def fourier(u: torch.Tensor) -> torch.Tensor:
+def fourier(u: Tensor) -> Tensor:
     """Re(FFT(u)) / sqrt(L) along the sequence, (2, L, 1, B, d) like u; u[1] is flipped before and after.
 
     The transform spans padding, so its result depends on how far a batch is padded.
@@ -391,7 +390,7 @@ class ShortConvolution(nn.Module):
         self.weight, self.bias = nn.Parameter(torch.empty(width, channels)), nn.Parameter(torch.zeros(channels))
         nn.init.uniform_(self.weight, -1 / math.sqrt(width), 1 / math.sqrt(width))
 
-    def forward(self, u: torch.Tensor, backward: bool = False) -> torch.Tensor:
+    def forward(self, u: Tensor, backward: bool = False) -> Tensor:
         """y of u, both (B, L, channels) in u's dtype; `backward`, of u[t + j] for u[t - j]. Beyond its ends u is 0."""
         L, width = u.shape[1], len(self.weight)
         u = pad(u, (0, 0, 0, width - 1) if backward else (0, 0, width - 1, 0))
@@ -417,12 +416,12 @@ class TransformerLayer(nn.Module):
         self.up, self.down = nn.Linear(d, 4 * d), nn.Linear(4 * d, d)
         self.norm1, self.norm2 = nn.LayerNorm(d, eps=1e-12), nn.LayerNorm(d, eps=1e-12)
 
-    def forward(self, X: torch.Tensor, rotation: torch.Tensor | None, mask: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, X: Tensor, rotation: Tensor | None, mask: Tensor | None = None) -> Tensor:
         """Xo of X = Xi, both (B, L, d); rotation (2, L, 32), cosines and sines; mask (B, L, 1), bool."""
         X = self.norm1(X + self.attend(X, rotation, mask))
         return self.norm2(X + self.down(gelu(self.up(X))))
 
-    def attend(self, X: torch.Tensor, rotation: torch.Tensor | None, mask: torch.Tensor | None) -> torch.Tensor:
+    def attend(self, X: Tensor, rotation: Tensor | None, mask: Tensor | None) -> Tensor:
         """Wo softmax(q k^T / 8) v, (B, L, d), of the X that q, k and v are made of."""
         q, k, v = heads(self.qkv(X), rotation)
         mask = None if mask is None else mask.mT[:, None]
@@ -435,7 +434,7 @@ class TransformerLayer(nn.Module):
         return self.out(Y.transpose(1, 2).flatten(2))
 
     @staticmethod
-    def side_inputs(encoder: nn.Module, X: torch.Tensor) -> list[torch.Tensor | None]:
+    def side_inputs(encoder: nn.Module, X: Tensor) -> list[Tensor | None]:
         """What each layer gets beside its X: the rotation, if it is rotary."""
         return [rotation(X) if encoder.layers[0].rotary else None] * len(encoder.layers)
 
@@ -446,8 +445,7 @@ class AttentionLayer(TransformerLayer):
         X' = Xi + Wo softmax(q k^T / 8) v  of LayerNorm(Xi)     Xo = X' + W2 gelu(W1 LayerNorm(X'))
     """
 
-    def forward(self, X: torch.Tensor, R: torch.Tensor, _kernels: None,
-                mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, X: Tensor, R: Tensor, _kernels: None, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return X' and Xo - X', of Xi = X + R, with the shapes of `BiGSLayer.forward`."""
         c, n, B, d = X.shape
         X, mask = from_chunks(X + R), None if mask is None else from_chunks(mask)
@@ -456,13 +454,13 @@ class AttentionLayer(TransformerLayer):
         return in_chunks(X, (n, c)), in_chunks(R, (n, c))
 
 
-def heads(qkv: torch.Tensor, rotation: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def heads(qkv: Tensor, rotation: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v, each (B, heads, L, 64), from qkv (B, L, 3 x heads x 64); q and k are rotated, if with a rotation."""
     q, k, v = qkv.unflatten(-1, (3, -1, 64)).permute(2, 0, 3, 1, 4)
     return (q, k, v) if rotation is None else (rotate(q, rotation), rotate(k, rotation), v)
 
 
-def rotation(X: torch.Tensor) -> torch.Tensor:
+def rotation(X: Tensor) -> Tensor:
     """Cosines and sines (2, L, 32) of the angles i 10000^(-e / 32), by which the pair (x_e, x_(e + 32)) turns at i.
 
     RoFormer pairs neighbours, (x_2e, x_(2e + 1)): the same model with its channels in another order.
@@ -473,7 +471,7 @@ def rotation(X: torch.Tensor) -> torch.Tensor:
     return torch.stack([angle.cos(), angle.sin()]).to(X.device, X.dtype)
 
 
-def rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     """x (B, heads, L, 64) with each pair turned by its angle; rotation (2, L, 32), cosines and sines."""
     cos, sin = rotation
     a, b = x.chunk(2, -1)
@@ -514,12 +512,12 @@ class ZambaLayer(nn.Module):
         return nn.ModuleList(SharedBlock(d) for _ in range(2 if len(layers) >= 12 else 1))
 
     @staticmethod
-    def side_inputs(encoder: nn.Module, X: torch.Tensor) -> list[tuple | None]:
+    def side_inputs(encoder: nn.Module, X: Tensor) -> list[tuple | None]:
         """What each layer gets beside its X: (embedding, rotation, block) if it calls a shared block, else None."""
         angles, blocks = rotation(X), itertools.cycle(encoder.shared)
         return [None if layer.adapter is None else (X, angles, next(blocks)) for layer in encoder.layers]
 
-    def forward(self, X: torch.Tensor, call: tuple | None, _mask: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, X: Tensor, call: tuple | None, _mask: Tensor | None = None) -> Tensor:
         """Xo of X = Xi, both (B, L, d)."""
         x = X
         if call is not None:
@@ -547,8 +545,7 @@ class SharedBlock(nn.Module):
         self.qkv, self.out = nn.Linear(2 * d, 6 * d, bias=False), nn.Linear(2 * d, d, bias=False)
         self.up, self.down = nn.Linear(d, 8 * d, bias=False), nn.Linear(4 * d, d, bias=False)
 
-    def forward(self, X: torch.Tensor, embedding: torch.Tensor, rotation: torch.Tensor,
-                adapter: nn.Module) -> torch.Tensor:
+    def forward(self, X: Tensor, embedding: Tensor, rotation: Tensor, adapter: nn.Module) -> Tensor:
         """(B, L, d) of X and the embedding, both (B, L, d)."""
         q, k, v = heads(self.qkv(self.norm1(torch.cat([X, embedding], -1))), rotation)
         Y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=32 ** -0.5)
@@ -557,7 +554,7 @@ class SharedBlock(nn.Module):
         return self.down(gelu(gate) * up)
 
 
-def ssd(x: torch.Tensor, a: torch.Tensor, B: torch.Tensor, C: torch.Tensor, c: int) -> torch.Tensor:
+def ssd(x: Tensor, a: Tensor, B: Tensor, C: Tensor, c: int) -> Tensor:
     """y (b, L, H, P) by state-space duality (Dao and Gu 2024, section 6), as matrix products over chunks of c tokens.
 
         h_t = exp(a_t) h_(t - 1) + B_t x_t^T  (N, P)     y_t = h_t^T C_t     for each of H heads
@@ -580,14 +577,14 @@ def ssd(x: torch.Tensor, a: torch.Tensor, B: torch.Tensor, C: torch.Tensor, c: i
     return y.flatten(1, 2)[:, :L]
 
 
-def decays(total: torch.Tensor) -> torch.Tensor:
+def decays(total: Tensor) -> Tensor:
     """exp(total_i - total_j) at row i and column j <= i, and 0 above the diagonal: (..., c, c) of total (..., c)."""
     c = total.shape[-1]
     above = torch.ones(c, c, dtype=torch.bool, device=total.device).triu(1)
     return (total[..., :, None] - total[..., None, :]).masked_fill(above, -math.inf).exp()
 
 
-def states(S: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+def states(S: Tensor, a: Tensor) -> Tensor:
     """H, the state before each chunk, from what each adds to it, S; both (b, n, N, H, P). a (b, n, H), log decays.
 
     H_(j + 1) = exp(a_j) H_j + S_j; up to `GROUP` chunks are one product, so the cost is linear in n.
@@ -681,8 +678,7 @@ class Encoder(nn.Module):
             elif isinstance(module, nn.Linear):
                 tasks.initialise(module, d)
 
-    def forward(self, ids: torch.Tensor, lengths: torch.Tensor | None = None,
-                below: list[torch.Tensor] | None = None) -> torch.Tensor:
+    def forward(self, ids: Tensor, lengths: Tensor | None = None, below: list[Tensor] | None = None) -> Tensor:
         """Hidden states (B, L, d), float32, of right-padded token ids (B, L), int32 or int64.
 
         `lengths` (B,) counts the real tokens of each row; without it every token is real. Hidden states at padding are
@@ -723,11 +719,11 @@ class Encoder(nn.Module):
             return [None] * len(layers)
         kernels = (self.kernel_cache or {}).get((n, c, dtype))
         if kernels is None:
-            with_ssms = [layer for layer in layers if isinstance(layer, BiGSLayer)]
-            ssms = [ssm for layer in with_ssms for ssm in (layer.forward_ssm, layer.backward_ssm)]
+            ssms = [ssm for layer in layers if isinstance(layer, BiGSLayer)
+                    for ssm in (layer.forward_ssm, layer.backward_ssm)]
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.kernel_cache is None):
                 made = iter(make_kernels(ssms, c, n, max(1, int(GROUP * self.shrink)), dtype, layers[0].causal))
-            kernels = [next(made) if layer in with_ssms else None for layer in layers]
+            kernels = [next(made) if isinstance(layer, BiGSLayer) else None for layer in layers]
             if self.kernel_cache is not None:
                 # (on a GPU all stay: recorded batches read them at their addresses)
                 if self.embedding.weight.device.type != "cuda" and len(self.kernel_cache) == 4:
@@ -746,13 +742,13 @@ class Encoder(nn.Module):
         n = -(-L // longest)
         return n, -(-L // (8 * n)) * 8  # the matrix units want multiples of 8
 
-    def embed(self, ids: torch.Tensor, chunks: tuple[int, int] | None = None) -> torch.Tensor:
+    def embed(self, ids: Tensor, chunks: tuple[int, int] | None = None) -> Tensor:
         """The first layer's input, float32 (B, L, d), of ids (B, L); given `chunks`, (n, c), it is (c, n, B, d)."""
         X = self.embedding(ids)
         X = self.norm(X if self.positions is None else X + self.positions.weight[:ids.shape[1]])
         return in_chunks(X, chunks) if chunks else X
 
-    def in_tokens(self, X: torch.Tensor, R: torch.Tensor) -> torch.Tensor:
+    def in_tokens(self, X: Tensor, R: Tensor) -> Tensor:
         """X + R as (B, n c, d), of X and R (c, n, B, d)."""
         return from_chunks(X + R)
 
@@ -1068,14 +1064,11 @@ def fit(settings: Settings) -> None:
             info(f"{output.path} is written; the test split is scored")
             metrics["test"], _ = tasks.evaluate(objective, held_out["test"], splits["test"])
             output.record(step=settings.steps, **{f"test_{name}": value for name, value in metrics["test"].items()})
-    seconds, memory = time.monotonic() - started, tasks.peak_memory(device)
     scores = {f"{split}_{name}": value for split, found in metrics.items() for name, value in found.items()}
-    result = dict(output=output.path, task=settings.task, steps=settings.steps, parameters=parameters,
-                  **scores, seconds=round(seconds, 1), peak_memory=memory)
-    print_result(result, settings.as_json,
-                 f"{output.path}: {settings.steps:,} steps in {seconds:.0f} s, peak memory {data.human_bytes(memory)}",
-                 *(f"{split:6} {len(splits[split].examples):,} examples: {objective.format_metrics(found)}"
-                   for split, found in metrics.items()))
+    result = dict(output=output.path, task=settings.task, steps=settings.steps, parameters=parameters, **scores)
+    print_result(result, started, device, settings.as_json, f"{output.path}: {settings.steps:,} steps", *(
+        f"{split:6} {len(splits[split].examples):,} examples: {objective.format_metrics(found)}"
+        for split, found in metrics.items()))
 
 
 def describe(trainer: tasks.Trainer, parameters: int, dataset: data.Dataset, copied: str) -> None:
@@ -1107,10 +1100,13 @@ def describe(trainer: tasks.Trainer, parameters: int, dataset: data.Dataset, cop
             info(f"{name:10} {fact}")
 
 
-def print_result(result: dict, as_json: bool, *sentences: str) -> None:
-    """Print the result of a command: one line of JSON for a program, or sentences for people."""
+def print_result(result: dict, started: float, device: torch.device, as_json: bool, sentence: str, *more: str) -> None:
+    """Print a command's result with its time and peak memory: one line of JSON for a program, or lines for people."""
+    seconds, memory = time.monotonic() - started, tasks.peak_memory(device)
     if data.rank() == 0:
-        click.echo(json.dumps(result) if as_json else "\n".join(sentences))
+        sentence = f"{sentence} in {seconds:.0f} s, peak memory {data.human_bytes(memory)}"
+        click.echo(json.dumps(result | dict(seconds=round(seconds, 1), peak_memory=memory)) if as_json else
+                   "\n".join([sentence, *more]))
 
 
 TRAINING = ("--ctx --model --kernels --size --init --tokenizer --vocab --steps --epochs --batch --accumulate --lr "
@@ -1196,11 +1192,9 @@ def evaluate(task, ckpt, split, predictions, **chosen):
         with data.atomic(predictions) as file:
             for line in model.format_predictions(outputs, examples):
                 file.write(line.encode("utf-8", "replace") + b"\n")
-    seconds = time.monotonic() - started
-    result = dict(task=task, split=split, examples=len(examples.examples), **metrics, encoded=len(batches.examples),
-                  seconds=round(seconds, 1), peak_memory=tasks.peak_memory(device))
-    print_result(result, settings.as_json, f"{task} {split}, {len(examples.examples):,} examples in {seconds:.0f} s: "
-                                           f"{model.format_metrics(metrics)}")
+    result = dict(task=task, split=split, examples=len(examples.examples), **metrics, encoded=len(batches.examples))
+    print_result(result, started, device, settings.as_json, f"{ckpt}: {task}",
+                 f"{split:6} {len(examples.examples):,} examples: {model.format_metrics(metrics)}")
 
 
 @cli.command(epilog="Example: codessm predict --ckpt devign.pt functions.jsonl > predictions.jsonl")
@@ -1287,7 +1281,8 @@ def embed(paths, ckpt, batch, skip_bad, max_line, device, output, restart, as_js
             raise Problem(f"{path} would be read and written: give another -o")
         if os.path.exists(path) and not restart:
             raise Problem(f"{path} exists: --restart replaces it")
-    started, model, count = time.monotonic(), load(ckpt, choose_device(device)).frozen(), 0
+    started, device, count = time.monotonic(), choose_device(device), 0
+    model = load(ckpt, device).frozen()
     source = dict(paths=paths or ["."], skip_bad=skip_bad, longest=max_line * 10**6)
     # what an interrupted run has left goes on only with the same model, options and sources
     key = data.blake2b(json.dumps([tasks.fingerprint(model), max_tokens, float16]).encode(), digest_size=8)
@@ -1319,10 +1314,8 @@ def embed(paths, ckpt, batch, skip_bad, max_line, device, output, restart, as_js
         with data.atomic(output) as file:
             np.save(file, np.memmap(part, dtype, "r", shape=(count, d)))
     os.remove(part)
-    seconds = time.monotonic() - started
-    print_result(dict(output=output, rows=count, width=d, dtype=dtype.name, seconds=round(seconds, 1),
-                      peak_memory=tasks.peak_memory(next(model.parameters()).device)), as_json,
-                 f"{output}: {count:,} rows of {d} in {seconds:.0f} s; {rows_path} says what each is")
+    print_result(dict(output=output, rows=count, width=d, dtype=dtype.name), started, device, as_json,
+                 f"{output}: {count:,} rows of {d}")
 
 
 def comma_list(kind: click.ParamType) -> Callable:
