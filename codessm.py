@@ -1643,20 +1643,10 @@ def corpus(paths, task, output_path):
         data.build_corpus(paths, sys.stdout.buffer)
     else:
         data.check_writable(output_path)
-        if os.path.exists(output_path) and not is_own_corpus(output_path):
-            raise Problem(f"{output_path} exists and is no corpus that this command wrote: give another -o")
+        if os.path.exists(output_path):
+            raise Problem(f"{output_path} exists: remove it, or give another -o")
         with data.atomic(output_path) as file:
             data.build_corpus(paths, file)
-
-
-def is_own_corpus(path: str) -> bool:
-    """Whether `corpus` may replace a file: an empty one, or one whose first record ends as those of `corpus` do."""
-    with open(path, "rb") as file:
-        line = file.readline(data.MAX_LINE)
-    try:
-        return not line or list(json.loads(line))[-2:] == ["language", "path"]
-    except (ValueError, TypeError):
-        return False
 
 
 if __name__ == "__main__":

@@ -651,10 +651,10 @@ def test_corpus_command(tmp_path):
     (tmp_path / "m.py").write_text("def f(): return 1\n")
     (tmp_path / "d").mkdir()
     source, target = tmp_path / "m.py", tmp_path / "c.jsonl"
-    for options in ([], ["-o", target], ["-o", target]):
+    for options in ([], ["-o", target]):
         says(0, "1 record;", "corpus", source, *options)
     assert read([target]) == [("", "def f(): return 1")] and target.read_text() in cli("corpus", source)[1]
-    for path, output, message in ((source, source, "exists and is no corpus"), ("none", "c", "none: no such file"),
+    for path, output, message in ((source, source, "m.py exists: remove it"), ("none", "c", "none: no such file"),
                                   ("d", "d", "d is a folder"), ("d", "c", "d: no source files; known are .c .h")):
         says(2, message, "corpus", tmp_path / path, "-o", tmp_path / output)
         assert not (tmp_path / "c").exists() and "def f" in source.read_text()

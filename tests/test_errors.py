@@ -139,10 +139,10 @@ def test_output_that_cannot_be_written_is_named(small):
     before, limits = files(), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20, limits[1]))
     try:
-        found = [cli("corpus", data.__file__, "-o", "c.jsonl"), cli(*evaluate, "--predictions", "p.txt")]
+        found = [cli("corpus", data.__file__, "-o", "d.jsonl"), cli(*evaluate, "--predictions", "p.txt")]
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    for (code, said), name in zip(found, ("c.jsonl", "p.txt"), strict=True):
+    for (code, said), name in zip(found, ("d.jsonl", "p.txt"), strict=True):
         assert code == 1 and f"Error: could not write {name}: File too large" in said, said
     assert files() == before
 
