@@ -39,8 +39,11 @@ from typing import Callable, Iterable, Iterator, NamedTuple, Sequence
 for name in ("data", "tasks"):
     origin, folder = importlib.util.find_spec(name).origin, Path(__file__).resolve().parent
     if Path(origin).resolve().parent != folder:
-        raise (SystemExit if IS_PROGRAM else ImportError)(
-            f"Error: {origin} shadows codessm's own {name}.py in {folder}: rename it, or run from another folder")
+        shadowed = f"{origin} shadows codessm's own {name}.py in {folder}: rename it, or run from another folder"
+        if not IS_PROGRAM:
+            raise ImportError(shadowed)
+        print(f"Error: {shadowed}", file=sys.stderr)
+        sys.exit(2)
 
 # idle threads sleep instead of spinning, which beside one other busy process makes two threads five times slower
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -674,15 +674,24 @@ class Index:
         CREATE TABLE files (path BLOB PRIMARY KEY, mark TEXT, hash BLOB);
         CREATE TABLE contents (hash BLOB PRIMARY KEY, first INTEGER, count INTEGER, vectors BLOB, path BLOB);
         CREATE INDEX content_of_unit ON contents (first);
-        CREATE TABLE units (number INTEGER PRIMARY KEY, first INTEGER, last INTEGER, name TEXT, code TEXT);
-        CREATE VIRTUAL TABLE words USING fts5 (text, tokenize='porter unicode61');"""
+        CREATE TABLE units (number INTEGER PRIMARY KEY, first INTEGER, last INTEGER, name TEXT, code TEXT);"""
+    WORDS = "CREATE VIRTUAL TABLE words USING fts5 (text, tokenize='porter unicode61');"
     CHUNK = 2048  # units that are encoded, and kept, at a time
 
     def __init__(self, paths: Sequence[str], model: Objective | None = None, batch: int = 32):
         self.paths, self.batch = list(paths), batch
         self.model = model and model.frozen()
+        self.words = self.WORDS
+        try:
+            sqlite3.connect(":memory:").execute(self.WORDS)
+        except sqlite3.OperationalError:
+            self.words = "CREATE TABLE words (text);"
+            lacks = "the SQLite of this Python lacks FTS5, so words are not searched"
+            if model is None:
+                raise Problem(f"{lacks}: give --ckpt, or take another Python") from None
+            info(f"{lacks}: the vectors alone answer")
         roots = sorted({data.well_formed(os.path.realpath(path)) for path in self.paths})
-        key = data.digest(json.dumps([self.VERSION, roots, model and fingerprint(model)]))
+        key = data.digest(json.dumps([self.VERSION, self.words, roots, model and fingerprint(model)]))
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "codessm")
         self.top = os.path.dirname(os.path.commonpath(roots))  # words of paths are those below it
         self.path = str(folder / f"{os.path.basename(roots[0])}-{key:016x}.sqlite")
@@ -697,11 +706,21 @@ class Index:
     def search(self, query: str, k: int = 10) -> list[Hit]:
         """The best k units for a query, of the tree as it is now; equal files are one. Raises `Problem`."""
         try:
-            self.update()
-            return self.answer(query, k)
+            try:
+                self.update()
+                return self.answer(query, k)
+            except sqlite3.DatabaseError as error:
+                if re.search("locked|busy|full|readonly|unable to open|I/O", str(error)):  # no fault of the file
+                    raise
+                info(f"the index {self.path} is damaged or of another program ({error}): it is made anew")
+                self.db.close()
+                self.db = None
+                for ending in ("", "-wal", "-shm"):
+                    Path(self.path + ending).unlink(missing_ok=True)
+                self.update()
+                return self.answer(query, k)
         except sqlite3.Error as error:
-            raise Problem(f"the index {self.path}: {error} (if it is removed, the next search makes it anew)", 1
-                          ) from None
+            raise Problem(f"the index {self.path}: {error}", 1) from None
 
     def close(self) -> None:
         self.lock.close()
@@ -712,7 +731,7 @@ class Index:
         self.db = sqlite3.connect(self.path, timeout=60, isolation_level=None)
         self.db.executescript("PRAGMA page_size = 32768; PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL")
         if not self.db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-            self.db.executescript(f"BEGIN; {self.SCHEMA} COMMIT")
+            self.db.executescript(f"BEGIN; {self.SCHEMA} {self.words} COMMIT")
 
     def update(self) -> None:
         """Bring the index up to date with the files; encodes new content alone."""
@@ -824,7 +843,7 @@ class Index:
         """BM25 of each unit, by its number, float64; 0 where no word is found."""
         scores = np.zeros(*self.db.execute("SELECT coalesce(max(number), 0) + 1 FROM units").fetchone())
         words = " OR ".join(f'"{word}"' for word in dict.fromkeys(data.search_words(query)))
-        if words:
+        if words and self.words == self.WORDS:
             found = np.fromiter(self.db.execute("SELECT rowid, -bm25(words) FROM words WHERE words MATCH ?", (words,)),
                                 np.dtype("i8, f8"))
             scores[found["f0"]] = found["f1"]
