@@ -148,7 +148,7 @@ def test_what_cannot_be_taken_is_named(small):
 # ---- from a checkpoint ------------------------------------------------------------------------------
 
 def test_a_run_starts_from_given_weights(small, quick, monkeypatch, functions, tmp_path):
-    """With their tokenizer, at the papers' learning rate; another vocabulary leaves embeddings random."""
+    """With their tokenizer and shape, at a tenth of the learning rate; another vocabulary leaves embeddings random."""
     monkeypatch.setitem(codessm.SIZES, "small", dict(d=160, layers=1))
     command = ["pretrain", small, "--size", "small", *TINY[4:], "--steps", 1]
     still = ["--lr", 1e-12, "--init", "a.pt", "-o"]
@@ -166,6 +166,9 @@ def test_a_run_starts_from_given_weights(small, quick, monkeypatch, functions, t
     assert torch.allclose(after["encoder.layers.0.v.weight"], before["encoder.layers.0.v.weight"], atol=1e-6)
     assert len(after["encoder.layers.0.forward_ssm.D"]) == 8
     assert len(after["bias"]) == 380 and not torch.allclose(after[name], before[name][:380], atol=1e-3)
+    # what is not given is as in the checkpoint
+    says(0, ["codessm-8k, 1 x 160, 8 kernels", "random nothing;"],
+         "pretrain", small, *TINY[4:], "--steps", 1, "--lr", 1e-12, "--init", "c.pt", "-o", "e.pt")
     for args, message in ((["--size", "tiny"], "a.pt (codessm, 1 x 160) does not fit codessm, 1 x 64: dense.bias"),
                           (["--model", "zamba"], "a.pt is a codessm, whose layers are not those of zamba")):
         says(2, message, *command, *still, "d.pt", *args)
