@@ -833,8 +833,9 @@ OPTIONS = {
     "--obfuscate": dict(type=click.FloatRange(0, 1), metavar="SHARE",
                         help="Replace the names in this share of the training functions, drawn anew each epoch "
                              "(retrieval of Python).  [default: 0.5 for advtest, else 0]"),
-    "--bag-of-words": dict(type=click.FloatRange(0), metavar="WEIGHT", default=0.0, show_default=True,
-                           help="Of a second loss, which prepares for search: the mean hidden state tells the words."),
+    "--bag-of-words": dict(type=click.FloatRange(0), metavar="WEIGHT", default=0.5, show_default=True,
+                           help="Weight of a second loss, which prepares for search: the mean of the hidden states "
+                                "tells the words. 0 is masked tokens alone, as in the papers."),
     "--limit": integer(help="Read only the first N records of each file."),
     "--code-field": dict(metavar="NAME", help="The field with the code, if its name is not one that the README lists."),
     "--text-field": dict(metavar="NAME", help="The field with the text that describes it, likewise."),
@@ -970,8 +971,10 @@ def check(settings: Settings) -> None:
         raise click.UsageError("give --steps or --epochs, not both")
     if settings.vocab and settings.tokenizer:
         raise click.UsageError("give --tokenizer or --vocab, not both: a given tokenizer has its own entries")
-    if settings.lr and not math.isfinite(settings.lr):
-        raise click.UsageError(f"--lr {settings.lr} is not a number to learn with")
+    for option, value in (("--lr", settings.lr), ("--bag-of-words", settings.bag_of_words),
+                          ("--obfuscate", settings.obfuscate)):
+        if value and not math.isfinite(value):
+            raise click.UsageError(f"{option} {value} is not a number to learn with")
     written = os.path.realpath(settings.output)
     for option, path in (("--ckpt", settings.ckpt), ("--init", settings.init)):
         if path is not None and os.path.realpath(path) in (written, f"{written}.state"):
@@ -1102,6 +1105,7 @@ def describe(trainer: tasks.Trainer, parameters: int, dataset: data.Dataset, cop
                     f"{tasks.warmup(settings.steps):,} steps, weight decay {tasks.WEIGHT_DECAY:g}, "
                     f"seed {settings.seed}, accumulate {settings.accumulate}, an evaluation every "
                     f"{settings.eval_every:,} steps"
+                    + f", bag of words weighted {settings.bag_of_words:g}" * (objective.kind == "mlm")
                     + f", names replaced in {settings.obfuscate:.0%} of the functions" * (settings.obfuscate > 0),
         "output": f"{settings.output}, metrics in {settings.output}.jsonl"}
     for name, fact in facts.items():

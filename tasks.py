@@ -1521,7 +1521,7 @@ class Settings:
     lr: float | None = None
     eval_every: int | None = None
     obfuscate: float | None = None
-    bag_of_words: float = 0.0
+    bag_of_words: float = 0.5
     limit: int | None = None
     code_field: str | None = None
     text_field: str | None = None
