@@ -47,6 +47,8 @@ for name in ("data", "tasks"):
 
 # idle threads sleep instead of spinning, which beside one other busy process makes two threads five times slower
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# torch 2.10 to 2.13 compile some sums over rows and columns at once to wrong gradients (pytorch issue 193061)
+os.environ.setdefault("TORCHINDUCTOR_MIX_ORDER_REDUCTION", "0")
 
 import click
 import numpy as np
