@@ -63,7 +63,9 @@ from tasks import Objective, Settings, save  # noqa: F401  save is the other hal
 
 __version__ = "0.1.0"
 
-SIZES = {"base": dict(d=1024, layers=12), "small": dict(d=512, layers=6), "tiny": dict(d=128, layers=4)}
+SIZES = {"base": dict(d=1024, layers=12), "small": dict(d=512, layers=6), "mini": dict(d=256, layers=6),
+         "tiny": dict(d=128, layers=4)}
+VOCABULARY = {"base": 32100, "small": 32100, "mini": 4096, "tiny": 4096}  # entries of a tokenizer that is trained
 
 
 # ---- S4D kernel and convolution ---------------------------------------------------------------------
@@ -813,7 +815,7 @@ OPTIONS = {
     "--ctx": integer(8, 2**24, help="Tokens per sample, or per function of a task, with special tokens.  [default: "
                                     "that of the model or the task; in pretraining 256]"),
     "--size": dict(type=click.Choice(list(SIZES)),
-                   help="12 layers of width 1024, 6 of 512, or 4 of 128.  [default: base]"),
+                   help="12 layers of width 1024, 6 of 512, 6 of 256, or 4 of 128.  [default: base]"),
     "--model": dict(type=click.Choice(list(MODELS)),
                     help="A variant, or a model to compare with; the README describes them.  [default: codessm]"),
     "--kernels": integer(help="S4D kernels per direction, each for an equal share of the channels.  "
@@ -822,7 +824,7 @@ OPTIONS = {
                                         "tokenizer, unless others are asked for) or of a BiGS PyTorch state dict."),
     "--tokenizer": dict(metavar="PATH", help="A Hugging Face tokenizer.json, or a folder with vocab.json and "
                                              "merges.txt.  [default: train one on the data]"),
-    "--vocab": integer(1, 10_000_000, help="Entries of the tokenizer to train.  [default: 32100; tiny: 4096]"),
+    "--vocab": integer(1, 10_000_000, help="Entries of the tokenizer to train.  [default: 32100; mini and tiny: 4096]"),
     "--steps": integer(help="Optimizer steps, in place of --epochs."),
     "--epochs": integer(help="Passes over the training data.  [default: the task's; in pretraining 1]"),
     "--batch": integer(1, 2**20, default=32, show_default=True,
@@ -1011,7 +1013,7 @@ def prepare(settings: Settings, output: tasks.Output) -> tuple:
     # inverse to the width, and a tenth from other weights
     settings.lr = settings.lr or min(2e-3, MODELS[config["model"]].lr * 1024 / config["d"]) / (10 if init else 1)
     settings.batch = settings.batch or task.batch
-    settings.vocab = tokenizer.vocab if tokenizer else settings.vocab or (4096 if settings.size == "tiny" else 32100)
+    settings.vocab = tokenizer.vocab if tokenizer else settings.vocab or VOCABULARY.get(settings.size)
     settings.epochs = None if settings.steps else settings.epochs or task.epochs
     settings.files = {source.name: source.mark for source in dataset.sources} | {"lines": f"CRC {dataset.checksum:08x}"}
     for option, path in (("--ckpt", settings.ckpt), ("--init", settings.init)):
@@ -1392,7 +1394,7 @@ def bench(lengths, models, train, batch_tokens, attention, repeats, kernels, siz
         batch = max(1, batch_tokens // length)
         row = dict(model=name, form=form, length=length, batch=batch)
         try:
-            encoder = Encoder(4096 if size == "tiny" else 32100, **SIZES[size], model=name, ctx=length,
+            encoder = Encoder(VOCABULARY[size], **SIZES[size], model=name, ctx=length,
                               kernels=kernels if name in with_kernels else None)
             for layer in encoder.layers if form else ():
                 layer.plain = True
