@@ -232,9 +232,10 @@ class MLM(Objective):
     ordinary token, 10 % as they are. The choice is a hash of (seed, epoch, item, position).
     The head is dense, gelu, LayerNorm, then the tied embedding and a bias, at the chosen positions only.
 
-    In training a weight `bag_of_words` > 0 adds that times the mean cross-entropy of the distinct ordinary tokens of a
-    sample as it was, under softmax(32 cos(mean hidden state, embedding)) (after Ma et al. 2024, arXiv 2401.11248), so
-    that the mean of the hidden states says which words there are. A sample counts as often as it has predictions.
+    In training a weight `bag_of_words` > 0 adds the gradient of that times the mean cross-entropy of the distinct
+    ordinary tokens of a sample as it was, under softmax(32 cos(mean hidden state, embedding)) (after Ma et al. 2024,
+    arXiv 2401.11248), so that the mean of the hidden states says which words there are. A sample counts as often as it
+    has predictions.
     """
     schedule = "cosine"
     bag_of_words = 0.0
@@ -291,7 +292,9 @@ class MLM(Objective):
         sums = self.head_loss(hidden.flatten(0, 1).index_select(0, places), targets)
         if words is None:
             return sums
-        return torch.cat([sums[:1] + self.bag_loss(self.pool_states(hidden, lengths), words, counts), sums[1:]])
+        bag = self.bag_loss(self.pool_states(hidden, lengths), words, counts)
+        # its gradient, not its value: the loss that a run shows is that of masked tokens
+        return torch.cat([sums[:1] + (bag - bag.detach()), sums[1:]])
 
     @torch.no_grad()
     def fill_mask(self, text: str, k: int = 5) -> list[tuple[str, float]]:
