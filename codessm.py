@@ -820,8 +820,8 @@ OPTIONS = {
                     help="A variant, or a model to compare with; the README describes them.  [default: codessm]"),
     "--kernels": integer(help="S4D kernels per direction, each for an equal share of the channels.  "
                               "[default: 1; codessm-8k and -hybrid: 8]"),
-    "--init": dict(metavar="FILE", help="Start from the weights of a codessm checkpoint (with its model, size and "
-                                        "tokenizer, unless others are asked for) or of a BiGS PyTorch state dict."),
+    "--init": dict(metavar="FILE", help="Start from the weights of a codessm checkpoint, with its size, and with its model "
+                                        "and tokenizer unless others are asked for, or of a BiGS PyTorch state dict."),
     "--tokenizer": dict(metavar="PATH", help="A Hugging Face tokenizer.json, or a folder with vocab.json and "
                                              "merges.txt.  [default: train one on the data]"),
     "--vocab": integer(1, 10_000_000, help="Entries of the tokenizer to train.  [default: 32100; mini and tiny: 4096]"),
@@ -831,7 +831,7 @@ OPTIONS = {
                        help="Samples at a time; the result does not depend on it (except for codef)."),
     "--accumulate": integer(default=1, show_default=True, help="Cut each batch into N pieces, to save memory."),
     "--lr": dict(type=click.FloatRange(0, min_open=True), metavar="RATE",
-                 help="Peak learning rate.  [default: 5e-4 for base, 1e-3 small, 2e-3 tiny; less for bertcoder, "
+                 help="Peak learning rate.  [default: 5e-4 for base, 1e-3 small, 2e-3 mini and tiny; less for bertcoder, "
                       "rocoder and zamba; with --init a tenth]"),
     "--eval-every": integer(help="Steps between evaluations.  [default: an epoch's; in pretraining a tenth of all]"),
     "--obfuscate": dict(type=click.FloatRange(0, 1), metavar="SHARE",
@@ -935,7 +935,8 @@ def choose_device(name: str) -> torch.device:
             return device
     except (RuntimeError, AssertionError, NotImplementedError):
         pass
-    raise Problem(f"--device {name}: there is no such device here; cpu always works")
+    raise Problem(f"--device {name}: there is no such device here; cpu always works"
+                  + ", and of GPUs each process takes its own (--nproc-per-node)" * (data.world_size() > 1))
 
 
 def choose_ctx(ctx: int | None, default: int, encoder: nn.Module | None, path: str | None) -> int:
@@ -964,7 +965,6 @@ def check_kernels(model: str, size: str, kernels: int | None) -> None:
 
 def check(settings: Settings) -> None:
     """Raise UsageError where options exclude each other, `Problem` where a run would overwrite what it reads."""
-    check_kernels(settings.model or "codessm", settings.size or "base", settings.kernels)
     if settings.ckpt is not None and any((settings.model, settings.kernels, settings.size, settings.init,
                                           settings.tokenizer, settings.vocab)):
         raise click.UsageError("--ckpt brings its own --model, --size, --tokenizer and --vocab: give it without them, "
@@ -994,6 +994,16 @@ def prepare(settings: Settings, output: tasks.Output) -> tuple:
     choose_device(settings.device)
     pretrained = load(settings.ckpt) if settings.ckpt is not None else None
     init = tasks.InitialWeights.read(settings.init) if settings.init is not None else None
+    if init and init.config:  # what is not given is as in the checkpoint
+        shape = {name: init.config.get(name) for name in ("d", "layers")}
+        settings.kernels = settings.kernels or (settings.model is None and init.config.get("kernels")) or None
+        settings.model = settings.model or init.config.get("model")
+        settings.size = settings.size or next((size for size in SIZES if SIZES[size] == shape), None)
+        if init.config.get("model") not in MODELS:
+            raise Problem(f"--init {settings.init} is no model that this program has")
+    if not pretrained:
+        settings.model, settings.size = settings.model or "codessm", settings.size or "base"
+        check_kernels(settings.model, settings.size, settings.kernels)
     settings.ctx = choose_ctx(settings.ctx, task.ctx, pretrained and pretrained.encoder, settings.ckpt)
     settings.obfuscate = task.obfuscate if settings.obfuscate is None else settings.obfuscate
     dataset = data.read_dataset(settings.task, settings.paths, task.splits, obfuscated=settings.obfuscate > 0,
@@ -1002,13 +1012,6 @@ def prepare(settings: Settings, output: tasks.Output) -> tuple:
         tokenizer = data.load_tokenizer(settings.tokenizer)
     else:
         tokenizer = init.tokenizer if init and not settings.vocab else pretrained and pretrained.tokenizer
-    if init and init.config:  # what is not given is as in the checkpoint
-        shape = {name: init.config[name] for name in ("d", "layers")}
-        settings.kernels = settings.kernels or (settings.model is None and init.config["kernels"]) or None
-        settings.model = settings.model or init.config["model"]
-        settings.size = settings.size or next((size for size in SIZES if SIZES[size] == shape), None)
-    if not pretrained:
-        settings.model, settings.size = settings.model or "codessm", settings.size or "base"
     config = pretrained.encoder.config if pretrained else dict(SIZES[settings.size], model=settings.model)
     # inverse to the width, and a tenth from other weights
     settings.lr = settings.lr or min(2e-3, MODELS[config["model"]].lr * 1024 / config["d"]) / (10 if init else 1)
@@ -1077,7 +1080,8 @@ def fit(settings: Settings) -> None:
         trainer.begin(state)
         metrics = {"valid": trainer.run()}
         if "test" in splits:
-            info(f"{output.path} is written; the test split is scored")
+            info(f"{output.path} is written; now the test split is scored (if that is interrupted: codessm evaluate "
+                 f"{settings.task} --ckpt {output.path} --data {settings.paths[0]})")
             metrics["test"], _ = tasks.evaluate(objective, held_out["test"], splits["test"])
             output.record(step=settings.steps, **{f"test_{name}": value for name, value in metrics["test"].items()})
     scores = {f"{split}_{name}": value for split, found in metrics.items() for name, value in found.items()}
@@ -1535,6 +1539,9 @@ def compare_runs(paths: Sequence[str], against: str, figure, show: Callable[[str
                   None)
     if metric is None:
         raise Problem(f"{data.listed(paths)}: there is no metric that all of them were validated with")
+    if not all(isinstance(value, (int, float)) and "step" in row for log in logs.values() for row in log
+               for value in row.values()):
+        raise Problem(f"{data.listed(paths)}: not all lines are those of a run's log")
     axis, width, runs = figure and figure.subplots(), max(map(len, paths)), []
     show(f"{'log':{width}} {'steps':>8} {'tokens':>13} {'last':>7} {'best':>7}  {metric} against {against}")
     for path, log in logs.items():

@@ -1291,7 +1291,7 @@ class CSVSource(Source):
         with open(self.path, encoding="latin-1", newline="") as file:
             rows = csv.reader(iter(partial(file.readline, longest + 1), ""), strict=True)
             try:
-                header = next(rows, [])
+                header = [column.removeprefix("\xef\xbb\xbf") for column in next(rows, [])]  # a byte order mark
                 missing = [column for column in columns if column not in header]
                 if missing:
                     raise Problem(f"{self.name}:1: no column {missing[0]}; there are {listed(header, 12) or 'none'}")
@@ -2125,6 +2125,7 @@ class DataFlow(ast.NodeVisitor):
     def __init__(self):
         self.definitions: dict[str, frozenset[ast.AST]] = {}  # what reaches the current place
         self.jumps = {ast.Break: [], ast.Continue: []}  # what reaches each of those of the current loop
+        self.loops = 0  # around the current place
         self.edges: set[tuple[ast.AST, ast.AST]] = set()
         self.uses: set[ast.Name] = set()
 
@@ -2181,12 +2182,13 @@ class DataFlow(ast.NodeVisitor):
         around, self.jumps = self.jumps, {ast.Break: [], ast.Continue: []}
         test, target = getattr(node, "test", None), getattr(node, "target", None)
         self.visit_all(test or node.iter)
-        for _ in range(2):  # the second time with what the first has defined
+        self.loops += 1
+        for _ in range(2 if self.loops <= 6 else 1):  # the second time with what the first has defined
             before = dict(self.definitions)
             self.visit_all([target, *node.body])
             self.join([before, self.definitions, *self.jumps[ast.Continue]])
             self.visit_all(test)
-        breaks, self.jumps = self.jumps[ast.Break], around
+        breaks, self.jumps, self.loops = self.jumps[ast.Break], around, self.loops - 1
         self.visit_all(node.orelse)
         self.join([self.definitions, *breaks])
 

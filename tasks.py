@@ -6,6 +6,7 @@ An `Objective` is an encoder with a head. Any encoder will do that maps ids (B, 
 """
 import copy
 import ctypes
+import errno
 import fcntl
 import gc
 import heapq
@@ -174,6 +175,8 @@ class Objective(nn.Module):
         `batch` texts are read at a time, each whole or as far as `ctx` tokens; the result does not depend on `batch`
         (but for codef).
         """
+        if isinstance(texts, str):
+            raise Problem("encode takes a list of texts, not one text")
         if not len(texts):
             return np.empty((0, self.encoder.config["d"]), np.float32)
         model = self.frozen()
@@ -191,6 +194,8 @@ class Objective(nn.Module):
         """
         if not hasattr(self, "results"):
             raise Problem("a pretrained encoder predicts nothing yet: fine-tune it first")
+        if isinstance(texts, str):
+            raise Problem("predict takes a list of texts, not one text")
         model = self.frozen()
         examples = [text if isinstance(text, Example) else
                     Example((text,) if isinstance(text, str) else text, [data.UNK] * len(text), {}) for text in texts]
@@ -769,6 +774,8 @@ class Index:
                     mark = mark if os.stat(path).st_mtime_ns < started - 2 * 10**9 else ""
                     if content not in known:
                         units = data.read_units(path, skipped)
+                        if file_hash(path) != content:
+                            continue  # it is being written: the next search reads it
                         chunk.append((content, units))
                         known.add(content)
                         if sum(len(units) for _, units in chunk) >= self.CHUNK:
@@ -1180,6 +1187,7 @@ def leave_ranks(code: int) -> None:
     if world_size() > 1:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
+        data.temporary_folder().cleanup()
         os._exit(code)
 
 
@@ -1346,7 +1354,7 @@ def restore(content: dict, path: str | os.PathLike, make_encoder: Callable[..., 
         tokenizer = Tokenizer(content["tokenizer"], str(path))
         config, weights, task = content["config"], content["weights"], TASKS[content["task"]]
         labels, ctx = content.get("labels") or [], content.get("ctx", task.ctx)
-        if config["layers"] > len(weights) or type(ctx) is not int or ctx < 8 or type(labels) is not list \
+        if not 0 < config["layers"] <= len(weights) or type(ctx) is not int or ctx < 8 or type(labels) is not list \
                 or len(set(labels)) < len(labels) or not all(isinstance(label, str) for label in labels):
             raise ValueError
         if tokenizer.vocab > config["vocab"]:
@@ -1632,7 +1640,10 @@ class Output(AbstractContextManager):
         if rank() > 0:
             return
         try:
-            self.log.write(json.dumps(values).encode() + b"\n")
+            line, size = json.dumps(values).encode() + b"\n", os.fstat(self.log.fileno()).st_size
+            if self.log.write(line) < len(line):  # the disk is full
+                self.log.truncate(size)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             raise Problem(f"could not write {self.log_path}: {error.strerror}", 1) from None
 
