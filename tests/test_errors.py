@@ -40,10 +40,9 @@ def odd_files(small, functions):
 
 @pytest.mark.parametrize("args, message", [
     ("long.jsonl --max-line 2", "long.jsonl:1: a line of more than 2.0 MB (--max-line"),
-    ("nowhere.jsonl", "nowhere.jsonl: no such file"), ("*.nothing", "*.nothing: no such file"),
-    ("empty.jsonl blank.jsonl", "empty.jsonl, blank.jsonl: no records"),
+    ("*.nothing", "*.nothing: no such file"), ("empty.jsonl blank.jsonl", "empty.jsonl, blank.jsonl: no records"),
     ("bad.jsonl --skip-bad", "1 bad line passed over; the last is bad.jsonl:1: not JSON"),
-    ("small.jsonl third.jsonl", "third.jsonl:3: not JSON"), ("d", "d: no file of JSON lines"),
+    ("d", "d: no file of JSON lines"),
     ("small.jsonl --code-field body", 'small.jsonl:1: no field "body"; the fields seen are: code, name'),
     ("small.jsonl --text-field note", 'no record has the field "note"'),
     ("one.jsonl", "nothing is left for the valid split"),
@@ -53,19 +52,15 @@ def odd_files(small, functions):
     ("nowhere.jsonl -o /proc/model.pt", "cannot write /proc/model.pt"), ("nowhere.jsonl -o ", "an empty name"),
     (f"nowhere.jsonl -o {'x' * 246}", "x: File name too long"),
     ("nowhere.jsonl -o log", "log.jsonl is where the metrics would go"),
-    ("small.jsonl -o small.jsonl", "small.jsonl exists and is no checkpoint"),
     ("small.jsonl -o small.jsonl --restart", "small.jsonl exists and is no checkpoint"),
     ("small.jsonl --tokenizer d", "d: no tokenizer.json"), ("small.jsonl --tokenizer none.json", "none.json: No such"),
     ("small.jsonl --tokenizer t.json", "t.json: not a tokenizer.json"),
     ("small.jsonl --tokenizer binary.json", "binary.json: not text in UTF-8"),
     ("small.jsonl --tokenizer maskless.json", "maskless.json has no mask token"),
     ("small.jsonl --vocab 100", "--vocab 100 is too small"), ("--vocab 300 --tokenizer t.json", "not both"),
-    ("--epochs 1", "not both"), ("--lr nan", "--lr nan"), ("--lr 0", "'--lr'"), ("--ctx 7", "'--ctx'"),
-    ("--steps 0", "'--steps'"), ("--steps " + 400 * "9", "'--steps'"),
-    (f"--seed {2**64}", "'--seed'"), (f"--vocab {10**20}", "'--vocab'"),
+    ("--epochs 1", "not both"), ("--lr nan", "--lr nan"), ("--lr 0", "'--lr'"), ("--steps 0", "'--steps'"),
     ("--kernels 3", "3 cannot share 128 channels"), ("--kernels 2 --model codef", "codef has no S4D kernels"),
-    ("--size huge", "'--size'"), ("--no-such-option", "No such option"), ("--device meta", "no such device"),
-    ("--device cuda:77", "no such device"), ("--device abacus", "no such device")])
+    ("--size huge", "'--size'"), ("--no-such-option", "No such option"), ("--device cuda:77", "no such device")])
 def test_what_is_refused(odd_files, args, message):
     assert message in refused(*args.split(" "))
 
@@ -106,45 +101,38 @@ def test_training_that_goes_wrong(small, monkeypatch):
     says(1, "out of memory: use a smaller --batch", "pretrain", small, *TINY, "--steps", 3, "--restart")
 
 
+def with_full_disk(size, *args, **options):
+    """A command that can make no file larger than this. (The limit binds pytest's own files too, for so long.)"""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        return cli(*args, **options)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
 @pytest.mark.parametrize("what, size, message", [
     ("log", 10, "could not write model.pt.jsonl: File too large"), ("input", 10**3, "no room to keep standard input"),
     ("tokens", 10**3, "could not write model.pt.tokens: File too large"),
     ("state", 10**6, "could not write model.pt.state: File too large"),
     ("checkpoint", 10**6, "could not write model.pt: File too large")])
 def test_a_disk_that_fills_up(small, monkeypatch, what, size, message):
-    """The checkpoint of an earlier run stays whole. (The limit binds pytest's own files too, for so long.)"""
+    """The checkpoint of an earlier run stays whole."""
     command, lines = ["pretrain", "-" if what == "input" else small, *TINY, "--steps", 3], open(small, "rb").read()
     assert cli(*command, input=lines)[0] == 0
     old, log = open("model.pt", "rb").read(), open("model.pt.jsonl").read()
     monkeypatch.setattr(tasks, "SAVE_SECONDS", 0 if what == "state" else 999)
     monkeypatch.setattr(data, "IN_MEMORY", 0 if what == "tokens" else 2**30)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        code, said = cli(*command, "--restart", input=lines)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    code, said = with_full_disk(size, *command, "--restart", input=lines)
     assert code == 1 and message in said and "Traceback" not in said
     assert open("model.pt", "rb").read() == old and codessm.load("model.pt")
     assert set(os.listdir()) <= {"model.pt", "model.pt.jsonl", "small.jsonl"}
     assert what not in ("log", "input", "tokens") or open("model.pt.jsonl").read() == log  # until the first step
 
 
-def test_output_that_cannot_be_written_is_named(small):
-    assert cli("pretrain", small, *TINY, "--steps", 1)[0] == cli("corpus", data.__file__, "-o", "c.jsonl")[0] == 0
-    write_lines("train.jsonl", [{"code": f"x = {i}", "label": i % 2} for i in range(20)])
-    os.link("train.jsonl", "valid.jsonl")
-    assert cli("finetune", "classify", "--data", ".", "--ckpt", "model.pt", "--epochs", 1)[0] == 0
-    evaluate = "evaluate", "classify", "--data", ".", "--ckpt", "classify.pt", "--split", "valid"
-    before, limits = files(), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20, limits[1]))
-    try:
-        found = [cli("corpus", data.__file__, "-o", "d.jsonl"), cli(*evaluate, "--predictions", "p.txt")]
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    for (code, said), name in zip(found, ("d.jsonl", "p.txt"), strict=True):
-        assert code == 1 and f"Error: could not write {name}: File too large" in said, said
-    assert files() == before
+def test_a_disk_that_fills_up_under_a_corpus(small):
+    code, said = with_full_disk(20, "corpus", data.__file__, "-o", "c.jsonl")
+    assert code == 1 and "could not write c.jsonl: File too large" in said and os.listdir() == ["small.jsonl"]
 
 
 def test_standard_input_cannot_be_resumed(small):
