@@ -1,6 +1,5 @@
 """Faults, kills and strangers' files: what is said, and what is still on the disk."""
 import base64
-import bz2
 import gzip
 import io
 import json
@@ -22,8 +21,8 @@ import torch
 import codessm
 import data
 import tasks
-from conftest import (ROOT, TINY, before_call, cli, command, die, files, forkserver, same, says, send, wait_for,
-                      weights, write_lines)
+from conftest import (KINDS, ROOT, TINY, before_call, cli, command, die, files, forkserver, rows_of, same, says, send,
+                      wait_for, weights, write_lines)
 from data import Problem
 
 # twelve steps, eight an epoch, at whose end the state is saved; evaluations before steps 0, 5, 10 and at the end
@@ -95,35 +94,29 @@ def test_no_room_for_the_state(undisturbed, small, quick):
 
 
 def test_steps_without_a_number_change_nothing_and_twenty_in_a_row_end_the_run(small, quick, monkeypatch):
-    """In steps 11 to 15 and from 31 on a gradient is not finite; the weights saved are those of step 30."""
-    take, steps = tasks.Stepper.step, []
+    """In steps 11 to 15 and from 31 on the gradient is not finite; the weights saved are those of step 30."""
+    original, steps, command = tasks.Stepper.step, [], ["pretrain", small, *TINY, "--steps", 100]
 
     def step(stepper, pieces):
         steps.append(len(steps) + 1)
-        bad = 10 < steps[-1] <= 15 or steps[-1] > 30
-        before = [p.detach().clone() for p in stepper.objective.parameters()]
+        bad, parameters = 10 < steps[-1] <= 15 or steps[-1] > 30, stepper.objective.parameters
+        before = [p.detach().clone() for p in parameters()]
         hook = stepper.objective.bias.register_hook(lambda gradient: gradient * (float("inf") if bad else 1))
-        sums = take(stepper, pieces)
+        sums = original(stepper, pieces)
         hook.remove()
-        assert bad == all(map(torch.equal, before, stepper.objective.parameters())) == bool(sums.isnan().all())
+        assert bad == all(map(torch.equal, before, parameters())) == bool(sums.isnan().all())
         return sums
 
     with monkeypatch.context() as patch:
         patch.setattr(tasks.Stepper, "step", step)
         patch.setattr(tasks, "LOG_STEPS", 5)
-        code, said = cli("pretrain", small, *TINY, "--steps", 100)
-    assert code == 1 and "no number in 20 steps in a row, up to step 50" in said and "--lr" in said
-    assert "up to step 15, 5 steps were skipped" in said
-    trained = {line["step"]: line for line in map(json.loads, open("model.pt.jsonl")) if "lr" in line}
-    assert {step: line.get("skipped", 0) for step, line in trained.items()} == \
-        {5: 0, 10: 0, 15: 5, 20: 5, 25: 5, 30: 5, 35: 10, 40: 15, 45: 20, 50: 25}
-    assert [step for step, line in trained.items() if "loss" not in line] == [15, 35, 40, 45, 50]
+        says(1, ["no number in 20 steps in a row, up to step 50", "up to step 15, 5 steps were skipped"], *command)
+    log = {line["step"]: line for line in map(json.loads, open("model.pt.jsonl")) if "lr" in line}
+    assert [log[step].get("skipped", 0) for step in range(5, 51, 5)] == [0, 0, 5, 5, 5, 5, 10, 15, 20, 25]
+    assert [step for step, line in log.items() if "loss" not in line] == [15, 35, 40, 45, 50]
     state = tasks.read("model.pt.state")
     assert state["step"] == 50 and all(weight.isfinite().all() for weight in state["weights"].values())
-    assert max(float(moments["step"]) for moments in state["optimizer"]["state"].values()) == 25
-    assert codessm.load("model.pt.state") and not os.path.exists("model.pt")
-    code, said = cli("pretrain", small, *TINY, "--steps", 100)
-    assert code == 0 and "going on from step 50" in said  # and for a sound cause it comes to its end
+    says(0, "going on from step 50", *command)  # and for a sound cause it comes to its end
 
 
 def test_a_corpus_that_changes_under_a_run(undisturbed, small, quick):
@@ -147,17 +140,18 @@ def test_a_corpus_that_changes_under_a_run(undisturbed, small, quick):
 
 def test_a_restart_that_fails_before_its_first_step_leaves_what_was_there(small, quick):
     """A finished run's files, then an unfinished one's too. From the first step on it replaces them."""
+    restart = [*RUN, "--seed", 1, "--restart"]
     assert cli(*RUN)[0] == 0
     for names in ({"model.pt", "model.pt.jsonl"}, {"model.pt", "model.pt.jsonl", "model.pt.state"}):
         before = {name: open(name, "rb").read() for name in names}
         for function in ((tasks, "evaluate"), (tasks.Stepper, "step")):
             with before_call(*function, 1, throw(MemoryError())):
-                says(1, "what an earlier run left there is as it was", *RUN, "--seed", 1, "--restart")
+                says(1, "what an earlier run left there is as it was", *restart)
             assert {name: open(name, "rb").read() for name in {*os.listdir()} - {"small.jsonl"}} == before
         with before_call(tasks.Stepper, "step", 2, throw(MemoryError())):
-            says(1, "the state is saved", *RUN, "--seed", 1, "--restart")
+            says(1, "the state is saved", *restart)
         assert tasks.read("model.pt.state")["step"] == 1 and len(open("model.pt.jsonl").readlines()) == 2
-    says(0, "going on from step 1", *RUN, "--seed", 1)
+    says(0, "going on from step 1", *restart[:-1])
 
 
 def test_the_training_of_a_tokenizer_stops_at_once(small):
@@ -264,39 +258,6 @@ def test_streams_that_are_full_or_gone(small, tmp_path):
     assert ended.returncode == 0 and not [*(tmp_path / "temporary").glob("codessm*")]
 
 
-class Failing(io.StringIO):
-    """A stream whose writes fail from the n-th on, which counts them."""
-
-    def __init__(self, n):
-        super().__init__()
-        self.left = n
-
-    def write(self, text):
-        self.left -= 1
-        if self.left <= 0:
-            raise BrokenPipeError(32, "Broken pipe")
-        return super().write(text)
-
-
-def test_standard_error_that_fails_at_any_write_ends_no_run_and_loses_nothing(undisturbed, small, quick):
-    """From the n-th write on, those of a signal's handler included; the run is interrupted at step 9, and goes on."""
-    def interrupted(stream, write=os.write):
-        with pytest.MonkeyPatch.context() as patch, before_call(tasks.Stepper, "step", 9, send(signal.SIGINT)), \
-                pytest.raises(SystemExit) as end:
-            patch.setattr(sys, "stderr", stream)
-            patch.setattr(os, "write", write)
-            codessm.cli([str(arg) for arg in RUN])
-        assert end.value.code == 130 and tasks.read("model.pt.state")["step"] == 9
-
-    interrupted(whole := Failing(10**6))
-    count = 10**6 - whole.left
-    assert count > 15 and "interrupted at step 9" in whole.getvalue()
-    check_goes_on(undisturbed)
-    for n in sorted({1, 2, count, *np.linspace(1, count, 8).astype(int)}):
-        interrupted(Failing(n), throw(BrokenPipeError(32, "Broken pipe")))
-        check_goes_on(undisturbed)
-
-
 # ---- damaged files ----------------------------------------------------------------------------------
 
 def pickled(content):
@@ -347,8 +308,8 @@ def damages(content):
             "code": pickled({"format": tasks.FORMAT, "weights": Evil()}), "bomb": compressed(content),
             "memory": pickled({"format": tasks.FORMAT, "weights": Evil(bytearray, 2**40)}),
             "appended": content + b"x", "prepended": b"x" + content, "a folder": with_attribute(content),
-            **{f"cut at {cut}": content[:cut] for cut in (100, len(content) // 2, -5000, -1)},
-            **{f"flip {i}": flipped(content, rng) for i in range(10)}}
+            **{f"cut at {cut}": content[:cut] for cut in (100, len(content) // 2, -1)},
+            **{f"flip {i}": flipped(content, rng) for i in range(5)}}
 
 
 @pytest.fixture
@@ -380,38 +341,33 @@ def test_damaged_checkpoints_and_states_are_refused_and_run_no_code(unfinished, 
 
 
 def test_checkpoints_that_spell_more_than_they_hold(make_case, corpus, tmp_path):
-    """Refused at once and in little memory: huge sizes, stretched, shared and sparse tensors, strange fields."""
+    """Refused at once and in little memory: huge sizes, stretched and sparse tensors, strange fields."""
     path = tmp_path / "m.pt"
     tasks.save(path, make_case("classify").objective)
     content = tasks.read(path)
     config, weights, one = content["config"], content["weights"], torch.zeros(1)
     bad = [{"config": config | {name: size}} for name in ("vocab", "d", "layers", "N")
-           for size in (10**12, 10**30, -1, 0, 2.5, None, "x", True)]
-    bad += [{"config": other} for other in (None, [], {}, {"depth": 3}, config | {"model": "evil"}, config | {"d": 64})]
-    bad += [{"weights": other} for other in (
-        None, [], {}, {name: one.expand(weight.shape) for name, weight in weights.items()},
-        {name: one.half().expand(weight.shape) for name, weight in weights.items()},
-        {name: weight.to_sparse() for name, weight in weights.items()},
-        {name: weight.long() for name, weight in weights.items()}, {**weights, "more": one}, dict.fromkeys(weights, 1))]
+           for size in (10**12, 10**30, -1, 0, 2.5, "x")]
     bad += [{name: other} for name, others in {
-        "tokenizer": (None, 1, "", "{}", content["tokenizer"][:-9], data.train_tokenizer(corpus, 700).text),  # not 600
-        "task": (None, "evil", [], "pair"), "labels": (5, ["0"], ["0", "0"], [0, 1], "01"),
-        "ctx": (0, -1, "x", 2.5, True)}.items() for other in others]
+        "config": (None, [], {}, {"depth": 3}, config | {"model": "evil"}, config | {"d": 64}),
+        "weights": (None, [], {}, {name: one.expand(weight.shape) for name, weight in weights.items()},
+                    {name: weight.to_sparse() for name, weight in weights.items()},
+                    {name: weight.long() for name, weight in weights.items()}, weights | {"more": one},
+                    dict.fromkeys(weights, 1)),
+        "tokenizer": (None, "", "{}", content["tokenizer"][:-9], data.train_tokenizer(corpus, 700).text),  # not 600
+        "task": (None, "evil", [], "pair"), "labels": (5, ["0"], ["0", "0"], [0, 1]),
+        "ctx": (0, "x", 2.5)}.items() for other in others]
     # its tensors are as large as its configuration says, and all of them one and the same byte
     bad += [{"config": config | {"vocab": 10**9},
              "weights": weights | {"encoder.embedding.weight": one.expand(10**9, 32)}}]
     started = time.monotonic()
     for change in bad:
         torch.save(content | change, path)
-        with pytest.raises(Problem, match=r"m\.pt") as refused:
+        with pytest.raises(Problem, match=r"m\.pt"):
             codessm.load(path)
-        assert "\n" not in refused.value.message
     assert time.monotonic() - started < 20
     torch.save(content, path)
     assert codessm.load(path)
-    for name, message in ((tmp_path / "none.pt", "No such file"), (tmp_path, "Is a directory")):
-        with pytest.raises(Problem, match=message):
-            codessm.load(name)
 
 
 def test_states_that_do_not_fit_are_refused(unfinished):
@@ -421,25 +377,26 @@ def test_states_that_do_not_fit_are_refused(unfinished):
         "metrics", "skipped", "failing", "processes")
     moments = state["optimizer"]["state"]
     number = next(n for n, m in moments.items() if m["exp_avg"].shape == (400, 64))
-    bad = [{key: value for key, value in state.items() if key != name} for name in needed]
-    bad += [state | change for change in (
-        *({name: None} for name in needed if state[name] is not None and name != "processes"),
-        {"step": -1}, {"step": 10**9}, {"best": {"a": 1}}, {"metrics": {}}, {"window": [torch.zeros(2)]}, {"log": "x"},
-        {"settings": {}}, {"settings": {"file small.jsonl": None}}, {"tokenizer": "{}"},
+    ways = [({key: value for key, value in state.items() if key != name}, []) for name in needed]
+    ways += [(state | change, []) for change in (
+        {"step": -1}, {"step": 10**9}, {"best": {"a": 1}}, {"metrics": {}}, {"log": "x"},
+        {"window": [torch.zeros(2)]}, {"settings": {"file small.jsonl": None}},
         *({"optimizer": state["optimizer"] | {"state": moments | {number: moments[number] | other}}} for other in (
             {"exp_avg": torch.zeros(1)}, {"exp_avg_sq": torch.zeros(1).expand(400, 64)}, {"step": None})))]
-    ways = [(changed, [], ["model.pt.state"]) for changed in bad]
-    ways += [(state, ["--lr", 0.5, "--batch", 4], ["batch 8, lr 0.0002", "batch 4, lr 0.5"]),
-             (state, ["--seed", 1], ["seed 0", "seed 1"]), (state, ["--steps", 13], ["steps 12", "steps 13"])]
-    for content, args, named in ways:
+    ways += [(state, ["--lr", 0.5, "--batch", 4]), (state, ["--seed", 1])]
+    for content, args in ways:
         torch.save(content, "model.pt.state")
         before = files()
         code, said = cli(*unfinished, *args)
         assert code == 2 and said.count("model.pt.state") == said.count("Error: ") == 1, said
-        assert ("--restart" in said or content["tokenizer"] == "{}") and all(name in said for name in named), said
+        assert "--restart" in said and all(f"{arg[2:]} {value}" in said for arg, value in zip(args[::2], args[1::2]))
         assert files() == before
-    assert codessm.load("model.pt.state").encoder.config["d"] == 64  # a state file is a checkpoint too
-    # that of a GPU is no other's: its learning rate is a tensor, its optimizer may be recorded
+
+
+def test_a_state_of_a_gpu_goes_on_and_is_a_checkpoint_too(unfinished):
+    """Its learning rate is a tensor, its optimizer may be recorded: neither is taken to another device."""
+    assert codessm.load("model.pt.state").encoder.config["d"] == 64
+    state = tasks.read("model.pt.state")
     for group in state["optimizer"]["param_groups"]:
         group.update(lr=torch.tensor(0.1), capturable=True)
     torch.save(state, "model.pt.state")
@@ -447,74 +404,54 @@ def test_states_that_do_not_fit_are_refused(unfinished):
         assert cli(*unfinished)[0] == 130
     again = tasks.read("model.pt.state")
     assert again["step"] == state["step"] + 2 == 5
-    for group in again["optimizer"]["param_groups"]:
-        assert type(group["lr"]) is float and not group["capturable"]
-    assert cli(*unfinished, "--lr", 0.5, "--restart")[0] == 0 and not os.path.exists("model.pt.state")
+    assert all(type(group["lr"]) is float and not group["capturable"] for group in again["optimizer"]["param_groups"])
 
 
 # ---- strangers' files -------------------------------------------------------------------------------
 
-PIECES = [b"[" * 5000, b'{"a":' * 5000, b"\x00", b"\xff\xfe", b"\xef\xbb\xbf", b"NaN", b"1e999", b"-", b'"', b"\\ud800",
-          b"\r", b"\n", b"\t", b"9" * 5000, b"null", b"[]", b"{}", b"true", b"\x1f\x8b\x08\x00", b",", b'\\u0000"',
-          "\u2028\U0010ffff".encode(), b"<s>", b"1" * 20, b"-1", b" "]
-
 
 def broken(content, rng):
-    """The bytes with a few changes: bytes, blocks cut out or repeated, pieces that parsers dislike, the end gone."""
+    """The bytes with a few changes: blocks cut out, repeated or replaced by what parsers dislike, the end gone."""
+    pieces = [b"[" * 5000, b"\x00", b"\xff\xfe", b"NaN", b'"', b"\\ud800", b"\n", b"9" * 5000, b"null", b"{}", b"<s>"]
     for _ in range(rng.choice((1, 1, 2, 5))):
         begin = rng.randrange(len(content) + 1)
         block = content[begin:begin + rng.choice((1, 4, 60))]
-        other = rng.choice((b"", block * rng.choice((2, 4, 50)), rng.choice(PIECES), bytes([rng.randrange(256)])))
+        other = rng.choice((b"", block * 4, rng.choice(pieces), bytes([rng.randrange(256)])))
         content = content[:begin] + other + content[begin + len(block):] * (rng.random() < 0.8)
     return content
 
 
 def test_mutated_files_are_read_or_refused(functions, corpus, tokenizer, make_case, tmp_path):
-    """Some thousands of mutated lines and files for all readers: a result or one clear error.
+    """Four thousand mutated lines and files for all readers: a result or one clear error.
 
     A pipe, which would be waited for, is what many fields name that might be taken for a file."""
     os.mkfifo(tmp_path / "pipe")
     paths = dict.fromkeys(("path", "file", "filename", "url", "repo", "include"), str(tmp_path / "pipe"))
-    rng, parsers = random.Random(0), [(corpus.parse, json.dumps(f).encode()) for f in functions[:5]]
-    parsers += [(partial(data.parse_example, task), task.line.encode()) for task in data.TASKS.values() if task.line]
-    lines = "".join(json.dumps(f | paths | {"label": str(i % 2), "text": "t", "idx": i}) + "\n"
-                    for i, f in enumerate(functions[:30])).encode()
+    rng, counts = random.Random(0), [0, 0]
+    parsers = {kind: corpus.parse if kind == "mlm" else partial(data.parse_example, data.TASKS[kind]) for kind in KINDS}
+    lines = "".join(json.dumps(f | paths | {"idx": i}) + "\n" for i, f in enumerate(functions[:30])).encode()
     tasks.save(tmp_path / "m.pt", make_case("mlm").objective)
-    with zipfile.ZipFile(tmp_path / "c.zip", "w", zipfile.ZIP_DEFLATED) as file:
-        file.writestr("c.jsonl", lines)
-    (tmp_path / "train.txt").write_text("0\n3\n")
-    (tmp_path / "clone").mkdir()
-    files = {"c.jsonl": lines, "c.jsonl.gz": gzip.compress(lines), "c.jsonl.bz2": bz2.compress(lines),
-             "c.zip": (tmp_path / "c.zip").read_bytes(), "t.json": tokenizer.text.encode(),
-             "m.pt": (tmp_path / "m.pt").read_bytes(), "clone/data.jsonl": lines,
-             "clone/train.txt": b"".join(b"%d\t%d\t1\n" % (i, i + 1) for i in range(9)),
-             "function.json": json.dumps([{"func": f["code"], "target": 1} for f in functions[:30]]).encode()}
-    for name, content in files.items():
-        (tmp_path / name).write_bytes(content)
-
-    def read(name):
-        path, task = str(tmp_path / name), "clone" if "clone" in name else "devign"
-        if name in ("t.json", "m.pt"):
-            return data.load_tokenizer(path).encode("def f(x): return x") if name == "t.json" else codessm.load(path)
-        dataset = data.Corpus(data.find_sources([path]), skip_bad=rng.random() < 0.5) if name.startswith("c.") else \
-            data.Benchmark(task, os.path.dirname(path), ["train"], ["train"])
-        return list(dataset.texts())
-
-    deadline, counts = time.monotonic() + 20, [0, 0]
-    while time.monotonic() < deadline and sum(counts) < 4000:
-        (parse, line), name = rng.choice(parsers), rng.choice(list(files))
+    write_lines(tmp_path / "train.txt", (f"{i}\t{i + 1}\t1" for i in range(9)))
+    readers = {
+        "c.jsonl.gz": (gzip.compress(lines), lambda path: [*data.Corpus(data.find_sources([path])).texts()]),
+        "data.jsonl": (lines, lambda _: data.Benchmark("clone", tmp_path, ["train"], ["train"])),
+        "t.json": (tokenizer.text.encode(), lambda path: data.load_tokenizer(path).encode("def f(x): return x")),
+        "m.pt": ((tmp_path / "m.pt").read_bytes(), codessm.load)}
+    for turn in range(4000):
         try:
-            if rng.random() < 0.8:
-                parse(broken(line, rng).split(b"\n")[0])
+            if turn % 5:
+                kind = rng.choice(KINDS)
+                line = json.dumps(rng.choice(rows_of(kind, functions[:9]))).encode()
+                parsers[kind](broken(line, rng).split(b"\n")[0])
             else:
-                (tmp_path / name).write_bytes(broken(files[name], rng))
-                read(name)
+                name, (content, read) = rng.choice([*readers.items()])
+                (tmp_path / name).write_bytes(broken(content, rng))
+                read(str(tmp_path / name))
             counts[0] += 1
         except (Problem, data.BadLine) as error:
             assert str(error) and "\n" not in str(error).strip()
             counts[1] += 1
-        (tmp_path / name).write_bytes(files[name])
-    assert min(counts) > 300 and sum(counts) > 1000, counts
+    assert min(counts) > 400
 
 
 def test_tokenizers_that_multiply_or_give_up_are_refused(small, tokenizer, capfd):
@@ -522,14 +459,13 @@ def test_tokenizers_that_multiply_or_give_up_are_refused(small, tokenizer, capfd
     def replace(pattern, content):
         return {"type": "Replace", "pattern": pattern, "content": content}
 
-    def charsmap(replacement):
-        return {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(bytes(4) + replacement).decode()}
-
+    charsmap = base64.b64encode(bytes(4) + b"b\0" + b"a" * 500 + b"\0").decode()
     thrice = {"type": "Sequence", "normalizers": [replace({"String": "e"}, "e" * 10)] * 3}
     write_lines("slow.jsonl", [*open(small), {"code": "y = 'x" + "a" * 40 + "c'"}])
     for normalizer, message in (
             (replace({"String": "e"}, "e" * 200), "make a text 201 times as long"), (thrice, "1,331 times as long"),
-            (replace({"Regex": "x*"}, "e" * 100), "101 times"), (charsmap(b"b\0" + b"a" * 500 + b"\0"), "500 times"),
+            (replace({"Regex": "x*"}, "e" * 100), "101 times"),
+            ({"type": "Precompiled", "precompiled_charsmap": charsmap}, "500 times"),
             (replace({"Regex": "(?:(a+)+)+$|b"}, "c"), "t.json cannot encode a text that begins with \"y = 'xaaaa"),
             (replace({"String": "``" * 60}, "'" * 100), None)):
         write_lines("t.json", [json.loads(tokenizer.text) | {"normalizer": normalizer}])
@@ -543,9 +479,3 @@ def test_a_disk_without_room_is_found_before_the_first_step(small, quick, monkey
     monkeypatch.setattr(tasks.shutil, "disk_usage", lambda folder: usage(folder)._replace(free=100_000))
     says(1, ["has 100.0 kB of room", "make room"], "pretrain", small, *TINY, "--steps", 2)
     assert os.listdir() == ["small.jsonl"]
-
-
-def test_a_damaged_state_is_refused_with_what_to_do(small, quick):
-    open("model.pt.state", "wb").write(b"PK")
-    says(2, ["model.pt.state is not a codessm checkpoint", "--restart"], "pretrain", small, *TINY, "--steps", 2)
-    says(0, "model.pt", "pretrain", small, *TINY, "--steps", 2, "--restart")
