@@ -77,30 +77,24 @@ def empty_folder(tmp_path, monkeypatch):
 
 
 GOOD = {"devign": {"func": "f", "target": 1}, "diversevul": {"func": "f", "target": 0},
-        "complexity": {"src": "f", "complexity": "np"}, "classify": {"code": "f", "label": "a"},
+        "classify": {"code": "f", "label": "a"}, "pair": {"code1": "a", "code2": "b", "label": True},
         "advtest": {"docstring": "x", "code": "f"}, "typeinf": {"tokens": ["a", "b"], "labels": ["x", "y"]},
-        "tag": {"tokens": ["a", "b"], "labels": ["x", 1]}, "pair": {"code1": "a", "code2": "b", "label": True},
-        "sqa": {"question": "q", "answer": "a"}}
+        "tag": {"tokens": ["a", "b"], "labels": ["x", 1]}}
 
 
 @pytest.mark.parametrize("name, file, content, said", [
     *((name, "valid.jsonl", [GOOD[name], row], [":2: ", *said]) for name, row, *said in [
         ("devign", {"target": 0}, 'no field "func"', "seen are: target"),
-        ("devign", {"func": "f"}, 'no field "target"', "seen are: func"),
         ("devign", {"func": "f", "target": 2}, 'label "2"', "0, 1"),
         ("devign", {"func": "\n", "target": 1}, "empty"), ("devign", {"func": 5, "target": 1}, "number 5", "a string"),
         ("diversevul", {"func": "f", "target": 0.5}, '"target" is the number 0.5', "whole number"),
-        ("complexity", {"src": "f", "complexity": "e"}, '"e"', "constant, logn, linear, nlogn, quadratic, cubic, np"),
         ("classify", {"code": "f", "label": "c"}, 'label "c"', "trained on, which are a, b"),
         ("advtest", {"docstring": "x"}, '"code_tokens" or "function_tokens" or "code" or "function"'),
-        ("advtest", {"docstring": "x", "code_tokens": []}, "empty"),
         ("advtest", {"docstring_tokens": [1], "code": "f"}, '"docstring_tokens"', "list of strings"),
         ("typeinf", {"tokens": ["a", "b"], "labels": ["x"]}, "2 tokens and 1 labels"),
         ("typeinf", {"tokens": "a", "labels": ["x"]}, '"tokens" is a string', "list of strings"),
         ("tag", {"tokens": [], "labels": []}, "empty"), ("tag", {"tokens": ["a"], "labels": ["UNK"]}, 'label "UNK"'),
-        ("pair", {"code1": "a", "label": 1}, 'no field "code2" or "func2"'),
-        ("pair", {"code1": "a", "code2": "b", "label": 3}, 'label "3"', "0, 1"),
-        ("sqa", {"question": "q"}, 'no field "answer"'), ("typeinf", {"tokens": ["a"]}, 'no field "labels"')]),
+        ("pair", {"code1": "a", "label": 1}, 'no field "code2" or "func2"')]),
     ("devign", "test.txt", ["3", "40"], [':2: "40"']),
     ("devign", "function.json", [{"func": "f", "target": 0}, {"func": " ", "target": 0}], [":2: the text"]),
     ("devign", "function.json", {"func": 1}, [": not JSON as published: no array"]),
@@ -108,11 +102,8 @@ GOOD = {"devign": {"func": "f", "target": 1}, "diversevul": {"func": "f", "targe
     ("clone", "valid.txt", ["10\t14\t0", "10\t11"], [":2: 2 fields"]),
     ("clone", "valid.txt", ["10\t14\t0", "10\t11\t2"], [':2: the label "2"']),
     ("clone", "data.jsonl", [{"func": "f", "idx": "1"}, {"func": "g", "idx": 1}], [":2: the idx 1 "]),
-    ("clone", "data.jsonl", [{"func": " ", "idx": "1"}], [":1: the text"]),
     ("sqa", "qrels/test.tsv", ["q4\td1\t1", "q4\td99\t1"], [":2: no text in corpus.jsonl has the _id d99"]),
-    *(("sqa", "qrels/test.tsv", ["q4\td1\t1", f"q4\td1{score}"], [":2: not query-id, tab"])
-      for score in ("", "\thigh", "\tnan")),
-    ("sqa", "queries.jsonl", [{"_id": "q0", "text": " "}], [":1: the text"]),
+    ("sqa", "qrels/test.tsv", ["q4\td1\t1", "q4\td1\tnan"], [":2: not query-id, tab"]),
     ("typeinf", "vocab_50000.txt", ["number"], [":1: the first line of a vocabulary of types is UNK"]),
     ("typeinf", "vocab_50000.txt", ["UNK", "any", "T", "T"], [": 'T'"]),
     ("stacksample", "Answers.csv", 'Id,ParentId,Score,Body\n1,2,3,"open\n', [":2: unexpected end"]),
@@ -394,13 +385,11 @@ def test_obfuscation_follows_scopes():
     hidden = obfuscate(SCOPES)
     for kept in ("undefined.total", "(first=", "third=lambda", "arg0.total", "Point(x=", "global counter, tmp",
                  ", key=", "import os.path, json as", "from sys import argv as", "docstring with first and second",
-                 "Base, metaclass=", "-> Type", "DEFAULT", "ValueError", "print", " counter =", " = tmp", ".Error",
-                 "arg0.first", ", field\n"):
+                 "Base, metaclass=", "-> Type", " counter =", " = tmp", ".Error", "arg0.first", ", field\n",
+                 "        size = arg2\n        field: arg1 = arg6\n"):  # the last are attributes of the class
         assert kept in hidden, kept
-    assert "        size = arg2\n        field: arg1 = arg6\n" in hidden  # attributes of the class
     names = renamed(SCOPES, hidden)
     assert names["outer"] == "func" and names["first"] == "arg1" and not {"counter", "tmp", "path", "os"} & set(names)
-    assert {"found", "one", "others", "whole", "c", "x", "js", "arguments", "handle", "error"} <= set(names)
     many = "def f():\n" + "".join(f"    v{i} = {i}\n" for i in range(4000))
     assert "    var3999 = 3999\n" in obfuscate(many)  # in seconds, not minutes
 
@@ -408,13 +397,12 @@ def test_obfuscation_follows_scopes():
 @pytest.mark.parametrize("code, hidden", [
     *((code, None) for code in [
         SCOPES.replace("size = second", "total = second"), "def f(a):\n    class A:\n        a = 1\n    return a\n",
-        "def f(a):\n    def g():\n        global a\n    return a\n", "def f(a=1):\n    return lambda b=a: b, b\n",
-        "@a\ndef f(a): return a\n", "def f(a: a): return a\n", "def f(b, a=b): return a\n",
+        "def f(a):\n    def g():\n        global a\n    return a\n", "@a\ndef f(a): return a\n",
         "def f(a):\n    import a.b\n    return a\n",
         # the function's own name, which is a global's
-        "def f(f=f): return f\n", "def f():\n    import f\n    return f.x\n", "def f():\n    global f\n    f = 3\n",
-        "def f(a):\n    def h(f): return f\n    return lambda: f(a)\n", "@f.setter\ndef f(self, f): self.x = f\n",
-        "def f(a):\n    class A: f = a\n    return A\n", "def f(a):\n    class A:\n        def f(b): return a\n"]),
+        "def f(f=f): return f\n", "def f():\n    global f\n    f = 3\n",
+        "def f(a):\n    class A: f = a\n    return A\n",
+        "def f(a):\n    def h(f): return f\n    return lambda: f(a)\n"]),
     # a new name does not take that of a global
     ("def f(a):\n    return func(arg0, a)\n", "def func0(arg1):\n    return func(arg0, arg1)\n"),
     ("def f(arg1, arg0):\n    return arg0, arg1\n", "def func(arg0, arg1):\n    return arg1, arg0\n"),
