@@ -1,5 +1,4 @@
 """Several gloo processes against one, killed workers, signals and bad data."""
-import copy
 import json
 import os
 import signal
@@ -86,27 +85,7 @@ def work(folder, tokenizer):
         case.objective.norm.weight.register_hook(lambda gradient: gradient * float("nan"))
     sums = stepper(case.train[1])
     found["skipped"] = data.all_gather((sums.isnan().all().item(), all(map(torch.equal, before, changing))))
-    found["resumed"] = resumed(folder, tokenizer)
     return found
-
-
-def resumed(folder, tokenizer):
-    """Whether six steps, and three after three others in a new `Stepper`, end with the same weights, bit for bit."""
-    ends, state = [], {}
-    for start in (0, 3):
-        case = read_case(folder / "mlm", "mlm", tokenizer, ctx=40, batch=6, seed=3)
-        optimizer = tasks.adamw(case.objective, 1e-3)
-        if start:
-            case.objective.load_state_dict(state["weights"])
-            optimizer.load_state_dict(state["optimizer"])
-        stepper = tasks.Stepper(case.objective, optimizer)
-        for number in range(start, 6):
-            if number == 3 and not start:
-                mine = {"weights": case.objective.state_dict(), "optimizer": optimizer.state_dict()}
-                state = copy.deepcopy(tasks.broadcast_state(mine if data.rank() == 0 else None))
-            stepper(case.train[number])
-        ends.append(case.objective.state_dict())
-    return data.all_gather(same(*ends))
 
 
 @pytest.fixture(scope="module")
@@ -126,15 +105,14 @@ def alone(cases, tokenizer):
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_processes_compute_what_one_does(alone, cases, tokenizer, count, tmp_path):
-    """Steps of each objective, uneven evaluation shares, broadcasts and skipped steps."""
+    """Steps of each objective, uneven evaluation shares and skipped steps."""
     assert ended(launch(count, several, tmp_path / "found.pt", cases, tokenizer.text)) == [0] * count
     found = torch.load(tmp_path / "found.pt", weights_only=False)
-    for key in [key for key in alone if key not in ("skipped", "resumed")]:
+    for key in alone.keys() - {"skipped"}:
         for name, *sides in zip(("sums", "weights", "metrics", "outputs"), alone[key], found[key]):
             smallest = {"metrics": 0, "weights": 1e-5}.get(name, 1e-6)
             torch.testing.assert_close(*sides, rtol=1e-5, atol=smallest, msg=lambda text: f"{key} {name}: {text}")
     assert found["skipped"] == [(True, True)] * count and alone["skipped"] == [(True, True)]
-    assert found["resumed"] == [True] * count and alone["resumed"] == [True]
 
 
 # ---- nothing lost -----------------------------------------------------------------------------------
@@ -173,15 +151,6 @@ def test_a_signal_to_one_process_stops_all_and_another_number_goes_on(small, tmp
     assert again["step"] == state["step"] + 3 and again["processes"] == 1
 
 
-def test_a_signal_is_not_lost_while_the_ranks_are_asked(monkeypatch):
-    signals = tasks.Signals()
-    with monkeypatch.context() as during:
-        during.setattr(tasks, "all_reduce", lambda tensor, *_: signals.note(signal.SIGTERM, None) or tensor)
-        signals.check()
-    with pytest.raises(KeyboardInterrupt):
-        signals.check()
-
-
 def fail(*_):
     torch.zeros(2) @ torch.zeros(3)
 
@@ -214,19 +183,21 @@ def test_bad_data_stops_all_processes(small, functions, tmp_path):
 
 
 def test_a_killed_worker_is_started_again_and_loses_nothing(small, tmp_path):
-    """Under torchrun --max-restarts; the weights and the log are those of a run that nothing disturbed."""
+    """Under torchrun --max-restarts; the weights and the log are those of a run that nothing disturbed, to the bit.
+
+    Of three processes, as the sum of two is the same in any order."""
     steps = ["pretrain", small, *TINY, "--steps", 20]
     (tmp_path / "run.py").write_text("import os, tasks, codessm\ntasks.SAVE_SECONDS = 0\n"
                                      "open(f'pid{os.environ[\"RANK\"]}', 'w').write(str(os.getpid()))\ncodessm.cli()")
-    torchrun = subprocess.Popen([sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node 2".split(),
+    torchrun = subprocess.Popen([sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node 3".split(),
                                  "--max-restarts", "1", "run.py", *map(str, steps), "-o", "m.pt", "--restart"],
                                 text=True, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    whole = launch(2, command, tmp_path, *steps, "-o", "whole.pt")
+    whole = launch(3, command, tmp_path, *steps, "-o", "whole.pt")
     wait_for(lambda: logged() >= 6 and os.path.exists("m.pt.state"), torchrun)
     os.kill(int(open("pid1").read()), signal.SIGKILL)
     _, errors = torchrun.communicate(timeout=100)
     assert torchrun.returncode == 0 and "going on from step" in errors, errors
-    assert ended(whole) == [0, 0], said(2)
+    assert ended(whole) == [0, 0, 0], said(3)
     assert same(weights("m.pt"), weights("whole.pt"))
     assert open("m.pt.jsonl").read() == open("whole.pt.jsonl").read()
     assert not os.path.exists("m.pt.state") and not os.path.exists("m.pt.tokens")
