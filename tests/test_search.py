@@ -339,7 +339,8 @@ def test_two_searches_at_once(tree):
     processes = [forkserver.Process(target=search_often, args=arguments) for _ in range(3)]
     for process in processes:
         process.start()
-    while any(process.is_alive() for process in processes):
+    deadline = time.monotonic() + 60
+    while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
         Path("other.c").write_text("int x" + str(time.time_ns()) + ";\n")
         time.sleep(0.05)
     assert [process.exitcode for process in processes] == [0] * 3
