@@ -334,8 +334,8 @@ def search_often(folder, cache, expected):
 
 
 def test_two_searches_at_once(tree):
-    """Processes that find different files, of a tree that changes meanwhile."""
-    arguments = tree, os.environ["XDG_CACHE_HOME"], found("number 3")
+    """Processes that make one index, of a tree that changes meanwhile."""
+    arguments = tree, os.environ["XDG_CACHE_HOME"], found_anew("number 3")
     processes = [forkserver.Process(target=search_often, args=arguments) for _ in range(3)]
     for process in processes:
         process.start()
