@@ -346,6 +346,15 @@ def test_two_searches_at_once(tree):
     assert [process.exitcode for process in processes] == [0] * 3
 
 
+def test_without_fts5(tree, model, monkeypatch, capsys):
+    monkeypatch.setattr(tasks.Index, "WORDS", "CREATE VIRTUAL TABLE words USING fts9 (text);")
+    with pytest.raises(Problem, match="lacks FTS5"):
+        found("add")
+    hits = codessm.search("add", ".", model)
+    assert "lacks FTS5" in capsys.readouterr().err
+    assert [hit.vector_rank for hit in hits] == list(range(1, 11)) and {hit.word_rank for hit in hits} == {None}
+
+
 def test_search_command(tree, model, tmp_path):
     tasks.save("../m.pt", model)
     code, said = cli("search", "number 3", "-k", 2)
