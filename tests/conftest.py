@@ -26,6 +26,7 @@ for number, handler in {signal.SIGINT: signal.default_int_handler, signal.SIGHUP
     signal.signal(number, handler)
 forkserver = multiprocessing.get_context("forkserver")  # imports torch, and what optimizers import, once
 forkserver.set_forkserver_preload(["codessm", "pytest", "torch._dynamo"])
+torch.set_num_threads(1)  # the tensors of tests are small: two threads would take twice as long
 TINY = ["--size", "tiny", "--vocab", "400", "--ctx", "32", "--batch", "8"]
 KINDS = ("mlm", "classify", "pair", "retrieval", "tag")
 
