@@ -820,8 +820,9 @@ OPTIONS = {
                     help="A variant, or a model to compare with; the README describes them.  [default: codessm]"),
     "--kernels": integer(help="S4D kernels per direction, each for an equal share of the channels.  "
                               "[default: 1; codessm-8k and -hybrid: 8]"),
-    "--init": dict(metavar="FILE", help="Start from the weights of a codessm checkpoint, with its size, and with its model "
-                                        "and tokenizer unless others are asked for, or of a BiGS PyTorch state dict."),
+    "--init": dict(metavar="FILE", help="Start from the weights of a codessm checkpoint, with its size, and with its "
+                                        "model and tokenizer unless others are asked for, or of a BiGS PyTorch state "
+                                        "dict."),
     "--tokenizer": dict(metavar="PATH", help="A Hugging Face tokenizer.json, or a folder with vocab.json and "
                                              "merges.txt.  [default: train one on the data]"),
     "--vocab": integer(1, 10_000_000, help="Entries of the tokenizer to train.  [default: 32100; mini and tiny: 4096]"),
@@ -831,8 +832,8 @@ OPTIONS = {
                        help="Samples at a time; the result does not depend on it (except for codef)."),
     "--accumulate": integer(default=1, show_default=True, help="Cut each batch into N pieces, to save memory."),
     "--lr": dict(type=click.FloatRange(0, min_open=True), metavar="RATE",
-                 help="Peak learning rate.  [default: 5e-4 for base, 1e-3 small, 2e-3 mini and tiny; less for bertcoder, "
-                      "rocoder and zamba; with --init a tenth]"),
+                 help="Peak learning rate.  [default: 5e-4 for base, 1e-3 small, 2e-3 mini and tiny; less for "
+                      "bertcoder, rocoder and zamba; with --init a tenth]"),
     "--eval-every": integer(help="Steps between evaluations.  [default: an epoch's; in pretraining a tenth of all]"),
     "--obfuscate": dict(type=click.FloatRange(0, 1), metavar="SHARE",
                         help="Replace the names in this share of the training functions, drawn anew each epoch "

@@ -201,6 +201,9 @@ class Objective(nn.Module):
                     Example((text,) if isinstance(text, str) else text, [data.UNK] * len(text), {}) for text in texts]
         if not examples:
             return []
+        texts_each = {"classify": 1, "pair": 2, "retrieval": 2}.get(self.kind)
+        if texts_each and any(len(example.texts) != texts_each for example in examples):
+            raise Problem(f"a model for {self.name} predicts {'pairs of texts' if texts_each == 2 else 'texts'}")
         batches, split = self.in_batches(examples, self.kind, batch, ctx or self.ctx, "predicting")
         return list(self.results(model.outputs(batches, split), split))
 

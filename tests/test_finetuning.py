@@ -302,6 +302,9 @@ def test_predict_keeps_order_and_fields(kind, toys, tmp_path, monkeypatch):
     texts = [row["code"] if kind == "classify" else row["tokens"] if kind == "tag" else
              (row["code1"], row["code2"]) if kind == "pair" else (row["text"], row["code"]) for row in rows]
     in_python = [row | said for row, said in zip(rows, model.predict(texts))]
+    for wrong in ("def f(): pass", *([[("a", "b", "c")]] if kind != "tag" else [])):
+        with pytest.raises(data.Problem, match="texts"):
+            model.predict(wrong)
     for one, *others in zip(found, piped, in_python, strict=True):
         number = one.pop("probabilities", None) or one.pop("score", 0)
         for other in others:
