@@ -996,12 +996,12 @@ def prepare(settings: Settings, output: tasks.Output) -> tuple:
     pretrained = load(settings.ckpt) if settings.ckpt is not None else None
     init = tasks.InitialWeights.read(settings.init) if settings.init is not None else None
     if init and init.config:  # what is not given is as in the checkpoint
-        shape = {name: init.config.get(name) for name in ("d", "layers")}
-        settings.kernels = settings.kernels or (settings.model is None and init.config.get("kernels")) or None
-        settings.model = settings.model or init.config.get("model")
-        settings.size = settings.size or next((size for size in SIZES if SIZES[size] == shape), None)
         if init.config.get("model") not in MODELS:
             raise Problem(f"--init {settings.init} is no model that this program has")
+        if settings.model is None:
+            settings.model, settings.kernels = init.config["model"], settings.kernels or init.config.get("kernels")
+        shape = {name: init.config.get(name) for name in ("d", "layers")}
+        settings.size = settings.size or next((size for size in SIZES if SIZES[size] == shape), None)
     if not pretrained:
         settings.model, settings.size = settings.model or "codessm", settings.size or "base"
         check_kernels(settings.model, settings.size, settings.kernels)
@@ -1114,7 +1114,7 @@ def describe(trainer: tasks.Trainer, parameters: int, dataset: data.Dataset, cop
                     f"{tasks.warmup(settings.steps):,} steps, weight decay {tasks.WEIGHT_DECAY:g}, "
                     f"seed {settings.seed}, accumulate {settings.accumulate}, an evaluation every "
                     f"{settings.eval_every:,} steps"
-                    + f", bag of words weighted {settings.bag_of_words:g}" * (objective.kind == "mlm")
+                    + f", bag of words weighted {settings.bag_of_words:g}" * (settings.bag_of_words > 0)
                     + f", names replaced in {settings.obfuscate:.0%} of the functions" * (settings.obfuscate > 0),
         "output": f"{settings.output}, metrics in {settings.output}.jsonl"}
     for name, fact in facts.items():

@@ -1190,7 +1190,7 @@ def leave_ranks(code: int) -> None:
     if world_size() > 1:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
-        data.temporary_folder().cleanup()
+        data.temporary_folder().cleanup()  # which the shutdown would do
         os._exit(code)
 
 
@@ -1535,7 +1535,7 @@ class Settings:
     lr: float | None = None
     eval_every: int | None = None
     obfuscate: float | None = None
-    bag_of_words: float = 0.5
+    bag_of_words: float = 0.0  # of pretraining
     limit: int | None = None
     code_field: str | None = None
     text_field: str | None = None
