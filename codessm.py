@@ -851,8 +851,8 @@ OPTIONS = {
     "-o": dict(metavar="FILE", help="The checkpoint to write.  [default: TASK.pt; of pretraining model.pt]"),
     "--restart": dict(is_flag=True, help="Start over and replace what an earlier run left at -o."),
     "--device": dict(default="auto", show_default=True, help="cpu, cuda, cuda:1, mps, or auto: cuda if there is one."),
-    "--compile/--no-compile": dict(default=None, help="Compile the layers, anew for each padded length.  [default: "
-                                   f"no in training; else on a GPU, from {tasks.COMPILING_PAYS} batches per length]"),
+    "--compile/--no-compile": dict(default=None, help="Compile the layers, anew for each padded length.  [default: on "
+                                                      f"a GPU, from {tasks.COMPILING_PAYS} batches per length]"),
     "--json": dict(is_flag=True, help="Print the result as JSON."),
 }
 PARAMETERS = {"--compile/--no-compile": "compiled", "--data": "paths", "-o": "output", "--json": "as_json"}
@@ -1073,9 +1073,8 @@ def fit(settings: Settings) -> None:
         copied = init.copy_to(objective, settings.tokenizer is None) if init and not state else ""
         del pretrained, init  # frees their memory
         objective = objective.to(device)
-        # not by default: compiled on a GPU, with torch 2.11, models end 5 points of MLM accuracy lower (README)
-        compiled = tasks.compile_objective(objective, bool(settings.compiled))
-        trainer = tasks.Trainer(objective, train, held_out["valid"], splits["valid"], output, settings, compiled)
+        tasks.compile_objective(objective, settings.compiled, tasks.compiling_pays(train, settings.steps))
+        trainer = tasks.Trainer(objective, train, held_out["valid"], splits["valid"], output, settings)
         parameters = sum(parameter.numel() for parameter in objective.parameters())
         describe(trainer, parameters, dataset, copied)
         trainer.begin(state)

@@ -161,6 +161,8 @@ def test_a_step_is_adamw_with_the_clipped_gradient(fused):
     """By its definition in float64; a gradient that is no number changes nothing, the moments and their count too."""
     class Given(torch.nn.Module):
         """Its gradient is `g`."""
+        compiled = False
+
         def __init__(self):
             super().__init__()
             self.w = torch.nn.Linear(3, 2)
@@ -252,7 +254,8 @@ def test_steps_recorded_on_a_gpu_are_steps(kind, make_case):
         case = make_case(kind, d=64)
         objective = case.objective.cuda()
         assert tasks.compile_objective(objective, True)
-        stepper = tasks.Stepper(objective, tasks.adamw(objective, 1e-3), graphs=graphs)
+        stepper = tasks.Stepper(objective, tasks.adamw(objective, 1e-3))
+        stepper.recorder.enabled = graphs
         for step in range(10):
             stepper(case.train[step % 2]._replace(epoch=step))
         found.append(flat(objective))

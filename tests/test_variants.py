@@ -182,7 +182,7 @@ def test_its_steps_can_be_recorded(model, tokenizer):
                           np.arange(8)[:, None]) for L in (24, 40)]
     task = tasks.MLM(Encoder(tokenizer.vocab, d=64, layers=4, model=model, ctx=40), tokenizer).cuda()
     assert tasks.compile_objective(task, True)
-    stepper = tasks.Stepper(task, tasks.adamw(task, 3e-3), graphs=True)
+    stepper = tasks.Stepper(task, tasks.adamw(task, 3e-3))
     losses = [float(sums[0] / sums[2]) for sums in (stepper(batches[step % 2]) for step in range(40))]
     assert len(stepper.recorder.recorded) == 2 and sum(losses[-4:]) < 0.9 * sum(losses[:4])
 
