@@ -220,7 +220,7 @@ def attention_reference(q, k, v, scale, causal=False):
     q, k, v = (x.reshape(len(x), -1, 64).swapaxes(0, 1) for x in (q, k, v))
     scores = np.exp(q @ k.swapaxes(1, 2) * scale)
     scores = np.tril(scores) if causal else scores
-    return (scores / scores.sum(-1, keepdims=True) @ v).swapaxes(0, 1).reshape(v.shape[1], -1)
+    return (scores / scores.sum(-1, keepdims=True) @ v).swapaxes(0, 1).reshape(q.shape[1], -1)
 
 
 def rotated_reference(x):
@@ -246,18 +246,27 @@ def test_a_transformer_layer_equals_its_equations(rotary):
     assert not torch.equal(*found)  # they are two ways
 
 
-def test_the_hybrids_attention_layer_equals_its_equations():
-    """Pre-norm, without positions, of chunks: their padding takes no part."""
+@pytest.mark.parametrize("window", [3, 8, 22, 23, 256])
+def test_the_hybrids_attention_layer_equals_its_equations(window, monkeypatch):
+    """Pre-norm, without positions, over the tokens of a window; the padding of rows and chunks takes no part."""
     made = encoder("codessm-hybrid", layers=12)
     assert [type(layer).__name__ for layer in made.layers] == [*["BiGSLayer"] * 6, "AttentionLayer", *["BiGSLayer"] * 5]
-    layer, n, c, L = disturb(made.layers[6]) or made.layers[6], 3, 8, 19
-    X, R, mask = torch.randn(1, L, 64), torch.randn(1, L, 64), torch.ones(1, L, 1, dtype=torch.bool)
-    x, p = (X + R)[0].double().numpy(), numbers(layer)
-    q, k, v = np.split(affine(p, "qkv", layer_norm_reference(x) * p["norm1.weight"] + p["norm1.bias"]), 3, 1)
-    x = x + affine(p, "out", attention_reference(q, k, v, 1 / 8))
-    inner = affine(p, "up", layer_norm_reference(x) * p["norm2.weight"] + p["norm2.bias"])
+    layer, n, c, lengths = disturb(made.layers[6]) or made.layers[6], 3, 8, (24, 5, 1)
+    monkeypatch.setattr(codessm.AttentionLayer, "WINDOW", window)
+    X, R, p = torch.randn(3, 24, 64), torch.randn(3, 24, 64), numbers(layer)
+    mask = (torch.arange(24) < torch.tensor(lengths)[:, None])[..., None]
     ours = layer(*(codessm.in_chunks(part, (n, c)) for part in (X, R)), None, codessm.in_chunks(mask, (n, c)))
-    assert relative_error(codessm.from_chunks(sum(ours))[0, :L], x + affine(p, "down", gelu_reference(inner))) < 1e-5
+    ours = codessm.from_chunks(sum(ours))
+    for row, L in enumerate(lengths):
+        x = (X + R)[row, :L].double().numpy()
+        q, k, v = np.split(affine(p, "qkv", layer_norm_reference(x) * p["norm1.weight"] + p["norm1.bias"]), 3, 1)
+        scale = p["scale"].item() * np.log(min(L, 2 * window + 1)) / 8
+        y = [attention_reference(q[i:i + 1], *(part[max(0, i - window):i + window + 1] for part in (k, v)), scale)
+             for i in range(L)]
+        x = x + affine(p, "out", np.concatenate(y))
+        inner = affine(p, "up", layer_norm_reference(x) * p["norm2.weight"] + p["norm2.bias"])
+        assert relative_error(ours[row, :L], x + affine(p, "down", gelu_reference(inner))) < 1e-5
+    assert ours.isfinite().all()
 
 
 def test_rotations_are_right_far_out():
