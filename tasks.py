@@ -701,6 +701,8 @@ class Index:
             if model is None:
                 raise Problem(f"{lacks}: give --ckpt, or take another Python") from None
             info(f"{lacks}: the vectors alone answer")
+        if not next(data.source_files(self.paths, git=True), None):
+            raise Problem(f"{data.listed(self.paths)}: no source files")
         roots = sorted({data.well_formed(os.path.realpath(path)) for path in self.paths})
         key = data.digest(json.dumps([self.VERSION, self.words, roots, model and fingerprint(model)]))
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "codessm")
@@ -764,8 +766,6 @@ class Index:
     def read_files(self, before: dict[bytes, tuple[str, bytes]]) -> dict[bytes, tuple[str, bytes]]:
         """(mark, hash) of each file, by its path; content that is new is cut, encoded and kept."""
         files = [os.path.abspath(path) for path, _ in data.source_files(self.paths, git=True)]
-        if not files:
-            raise Problem(f"{data.listed(self.paths)}: no source files")
         known = {content for content, in self.db.execute("SELECT hash FROM contents")}
         now, skipped, chunk, started = {}, {}, [], time.time_ns()
         for path in progress(files, desc="indexing", unit=" files"):

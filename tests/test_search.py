@@ -372,6 +372,7 @@ def test_search_command(tree, model, tmp_path):
     says(0, "was not fine-tuned for retrieval", "search", "add", "--ckpt", "../mlm.pt")
     says(2, "QUERY is empty", "search", " ")
     says(2, "nowhere: no such file or folder", "search", "x", "nowhere")
+    assert not list(Path(os.environ["XDG_CACHE_HOME"]).glob("**/nowhere*"))
     Path("../docs").mkdir()
     says(2, "../docs: no source files", "search", "x", "../docs")
     says(0, "nothing found", "search", "xyzzy")
