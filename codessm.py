@@ -452,8 +452,8 @@ class AttentionLayer(TransformerLayer):
         X' = Xi + Wo softmax(s log(n) q k^T / 8) v  of LayerNorm(Xi)     Xo = X' + W2 gelu(W1 LayerNorm(X'))
 
     A token reads those at most `WINDOW` places away, so that the cost is linear in length. n is the number of tokens of
-    the row, at most 2 WINDOW + 1, and s is learned for each head: attention stays as sharp among many tokens as among
-    few (Nakanishi 2025, arXiv 2501.19399).
+    the row, at most 2 WINDOW + 1. s is learned for each head, from 1 / log(128) on: attention stays as sharp among many
+    tokens as among few (Nakanishi 2025, arXiv 2501.19399).
     """
     WINDOW = 256
 
@@ -470,23 +470,27 @@ class AttentionLayer(TransformerLayer):
         return in_chunks(X, (n, c)), in_chunks(R, (n, c))
 
     def attend(self, X: Tensor, _rotation: None, mask: Tensor | None) -> Tensor:
+        """Wo softmax(s log(n) q k^T / 8) v over the window of each token, (B, L, d), of what q, k and v are made of."""
         q, k, v = heads(self.qkv(X), None)
-        W, (B, L, d) = self.WINDOW, X.shape
+        W, (B, L, d), place = self.WINDOW, X.shape, torch.arange(X.shape[1], device=X.device)
         real = X.new_ones(B, L, dtype=torch.bool) if mask is None else mask[..., 0]
-        n = real.sum(1).clamp(1, 2 * W + 1)[:, None, None, None]
+        n = real.sum(1).clamp(1, 2 * W + 1)[:, None, None, None].to(self.scale.dtype)
         q = (q * self.scale * n.log()).to(v.dtype)
-        mask = None if mask is None else real[:, None, None]
-        if L > W + 1:  # blocks of W tokens read themselves and both neighbours: (B blocks, heads, W or 3 W, 64)
-            blocks = -(-L // W)
-            rest = blocks * W - L
-            q = pad(q, (0, 0, 0, rest)).unflatten(2, (blocks, W)).transpose(1, 2).flatten(0, 1)
-            k, v = (pad(x, (0, 0, W, W + rest)).unfold(2, 3 * W, W).permute(0, 2, 1, 4, 3).flatten(0, 1)
-                    for x in (k, v))
-            away = torch.arange(-W, 2 * W, device=X.device) - torch.arange(W, device=X.device)[:, None]
-            real = pad(real, (W, W + rest)).unfold(1, 3 * W, W)[:, :, None]
-            # (a padded token reads itself, because a softmax over nothing is not a number)
-            mask = ((away.abs() <= W) & real | (away == 0)).flatten(0, 1)[:, None]
-        Y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        if L <= W + 1:  # the window is the whole row
+            read = None if mask is None else real[:, None, None]
+        else:
+            away = place - place[:, None]
+            if L > 3 * W:  # blocks of W tokens read themselves and both neighbours: (B blocks, heads, W or 3 W, 64)
+                blocks = -(-L // W)
+                rest = blocks * W - L
+                q = pad(q, (0, 0, 0, rest)).unflatten(2, (blocks, W)).transpose(1, 2).flatten(0, 1)
+                k, v = (pad(x, (0, 0, W, W + rest)).unfold(2, 3 * W, W).permute(0, 2, 1, 4, 3).flatten(0, 1)
+                        for x in (k, v))
+                real = pad(real, (W, W + rest)).unfold(1, 3 * W, W).flatten(0, 1)
+                away = place[:3 * W] - W - place[:W, None]
+            # (each reads itself, because not every kernel takes a softmax over nothing, as at padding)
+            read = ((away.abs() <= W) & real[:, None] | (away == 0))[:, None]
+        Y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=read)
         return self.out(Y.unflatten(0, (B, -1)).transpose(2, 3).reshape(B, -1, d)[:, :L])
 
 

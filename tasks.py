@@ -1083,7 +1083,7 @@ def compile_objective(objective: Objective, wanted: bool | None, pays: bool = Tr
     # beyond these numbers of compilations dynamo would go on uncompiled, with only a warning
     torch._dynamo.config.cache_size_limit, torch._dynamo.config.accumulated_cache_size_limit = 256, 4096
     # Up to torch 2.12 a compiled forward pass goes on with numbers that are rounded for the backward pass alone
-    # (pytorch issue 151352). Models learn less for it: after 3,000 steps 67.6 % of masked tokens in place of 72.1 %.
+    # (pytorch issue 151352). Models learn less for it: codessm-hybrid, small, 67.6 % of masked tokens in place of 72.1.
     torch._inductor.config.emulate_precision_casts = True
     warnings.filterwarnings("ignore", message=".*(TensorFloat32|max_autotune_gemm|Online softmax)")
     objective.compile_parts()
@@ -1372,7 +1372,8 @@ def restore(content: dict, path: str | os.PathLike, make_encoder: Callable[..., 
         check_tensors(weights, objective.state_dict())
         objective.load_state_dict({name: weight.float() for name, weight in weights.items()}, assign=True)
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
-        raise Problem(f"{path}: its weights do not fit its configuration, so it is no whole checkpoint") from None
+        raise Problem(f"{path}: its weights do not fit its configuration: it is damaged, or of another version of this "
+                      "program (pretrain --init takes what fits)") from None
     return objective
 
 

@@ -246,13 +246,20 @@ def test_a_transformer_layer_equals_its_equations(rotary):
     assert not torch.equal(*found)  # they are two ways
 
 
-@pytest.mark.parametrize("window", [3, 8, 22, 23, 256])
+@pytest.mark.parametrize("window", [3, 6, 7, 8, 22, 23, 256])
 def test_the_hybrids_attention_layer_equals_its_equations(window, monkeypatch):
     """Pre-norm, without positions, over the tokens of a window; the padding of rows and chunks takes no part."""
+    def attention(*args, attn_mask, original=torch.nn.functional.scaled_dot_product_attention):
+        assert attn_mask.any(-1).all()  # as kernels may need it
+        return original(*args, attn_mask=attn_mask)
+
     made = encoder("codessm-hybrid", layers=12)
     assert [type(layer).__name__ for layer in made.layers] == [*["BiGSLayer"] * 6, "AttentionLayer", *["BiGSLayer"] * 5]
-    layer, n, c, lengths = disturb(made.layers[6]) or made.layers[6], 3, 8, (24, 5, 1)
+    layer, n, c, lengths = made.layers[6], 3, 8, (24, 5, 1)
+    assert layer.scale.shape == (1, 1, 1) and layer.scale.item() * np.log(128) == pytest.approx(1)
+    disturb(layer)
     monkeypatch.setattr(codessm.AttentionLayer, "WINDOW", window)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
     X, R, p = torch.randn(3, 24, 64), torch.randn(3, 24, 64), numbers(layer)
     mask = (torch.arange(24) < torch.tensor(lengths)[:, None])[..., None]
     ours = layer(*(codessm.in_chunks(part, (n, c)) for part in (X, R)), None, codessm.in_chunks(mask, (n, c)))
@@ -267,6 +274,13 @@ def test_the_hybrids_attention_layer_equals_its_equations(window, monkeypatch):
         inner = affine(p, "up", layer_norm_reference(x) * p["norm2.weight"] + p["norm2.bias"])
         assert relative_error(ours[row, :L], x + affine(p, "down", gelu_reference(inner))) < 1e-5
     assert ours.isfinite().all()
+
+
+@pytest.mark.parametrize("L", [600, 900])
+def test_the_hybrids_attention_reads_256_tokens_to_either_side(L):
+    X = torch.randn(1, L, 128, requires_grad=True)
+    codessm.AttentionLayer(128).attend(X, None, None)[0, 300].sum().backward()
+    assert X.grad[0].any(1).nonzero().flatten().tolist() == list(range(44, 557))
 
 
 def test_rotations_are_right_far_out():
