@@ -1,8 +1,12 @@
 """What a user can do wrong, through the command line: one sentence, the right exit code, nothing lost."""
 import os
+import re
 import resource
+import shlex
 import signal
+from pathlib import Path
 
+import click
 import pytest
 import tokenizers
 import torch
@@ -147,3 +151,14 @@ def test_help_has_an_example():
     for command in codessm.cli.commands:
         says(0, f"Example: codessm {command} ", command, "--help")
     assert cli("--version") == (0, f"codessm, version {codessm.__version__}\n")
+
+
+def test_the_readmes_commands_and_python_are_of_this_program():
+    text = Path(__file__).parent.with_name("README.md").read_text()
+    for block in re.findall(r"```python\n(.*?)```", text, re.S):
+        compile(block, "README.md", "exec")
+    commands = re.findall(r"^    (?:codessm|torchrun .*codessm\.py) (.*)", text, re.M)
+    for name, *args in (shlex.split(line.split(" > ")[0], comments=True) for line in commands):
+        command = codessm.cli.commands[name]
+        command.make_parser(click.Context(command)).parse_args(args)  # raises where an option is none
+    assert len(commands) >= 20
