@@ -1135,7 +1135,7 @@ def describe(trainer: tasks.Trainer, parameters: int, dataset: data.Dataset, cop
         "init": copied,
         "labels": labels and f"{len(labels):,}: {data.listed(labels, 8)}",
         "tokenizer": f"{objective.tokenizer.vocab:,} entries",
-        "samples": f"ctx {settings.ctx}; an evaluation encodes {len(trainer.valid.examples):,} distinct ones",
+        "samples": f"ctx {settings.ctx}; {len(trainer.valid.examples):,} distinct ones are evaluated",
         "model": f"{config['model']}, {len(objective.encoder.layers)} x {config['d']}"
                  + f", {config['kernels']} kernels per direction" * (config["kernels"] > 1)
                  + f", {parameters:,} parameters, on {device} in "
@@ -1143,9 +1143,9 @@ def describe(trainer: tasks.Trainer, parameters: int, dataset: data.Dataset, cop
         "processes": f"{ranks}, which share each batch" * (ranks > 1),
         "training": f"{settings.steps:,} steps of {settings.batch} samples ("
                     f"{settings.steps / len(trainer.train):.1f} epochs), peak learning rate {settings.lr:g} after "
-                    f"{tasks.warmup(settings.steps):,} steps, weight decay {tasks.WEIGHT_DECAY:g}, "
-                    f"seed {settings.seed}, accumulate {settings.accumulate}, an evaluation every "
+                    f"{tasks.warmup(settings.steps):,} steps of warm-up, seed {settings.seed}, an evaluation every "
                     f"{settings.eval_every:,} steps"
+                    + f", in {settings.accumulate} pieces" * (settings.accumulate > 1)
                     + f", bag of words weighted {settings.bag_of_words:g}" * (settings.bag_of_words > 0)
                     + f", names replaced in {settings.obfuscate:.0%} of the functions" * (settings.obfuscate > 0),
         "output": f"{settings.output}, metrics in {settings.output}.jsonl"}

@@ -1434,7 +1434,7 @@ class Benchmark(Dataset):
         self.item_of = first[inverse]
         read = texts.reshape(-1, 3)[:, :2] if self.obfuscated else texts
         if equal := read.size - len(np.unique(read)):
-            self.notes.append(f"{equal:,} texts that are equal to another are one with it")
+            self.notes.append(f"{counted(equal, 'duplicate text')} merged")
 
     def add_split(self, split: str, rows: list[Row], candidates: dict[int, object]) -> None:
         """A split of these rows. `candidates` are the names of the texts that may be ranked.

@@ -201,7 +201,7 @@ def test_labelled_functions_as_published(name, names, labels, equal, tokenizer):
     assert texts(dataset, "train") == [tuple(FUNCTIONS[int(i) - 10] for i in n) if name == "clone" else (FUNCTIONS[n],)
                                        for n in names]
     assert {source.name for source in dataset.sources} == {f"d/{file}" for file in os.listdir("d")}
-    assert len(split.items()) == 38 and f"{equal} texts that are equal" in dataset.description()
+    assert len(split.items()) == 38 and f"{equal} duplicate text" in dataset.description()
     store = data.tokenise(dataset, tokenizer, 64, split.items())
     for batch in data.Batches(store, tokenizer, 64, split.items()[:, None], 7):
         tokens += [ids[1:n - 1].tolist() for ids, n in zip(batch.ids, batch.lengths) if n]
@@ -275,7 +275,7 @@ def test_equal_questions_and_answers_are_one_item(form):
     assert sorted(texts(dataset, "train")) == [("a", "x"), ("a", "y"), ("b", "y"), ("c", "x"), ("z", "w")]
     assert [items[i] for i in split.candidates] == ["x", "y", "w", "v"] and list(dataset.splits) == ["train"]
     assert list(map(int, split.candidate_names)) == [0, 1, 4, 6] and len(np.unique(split.examples)) == 7
-    assert f"{len(items) - len(set(items))} texts that are equal" in dataset.description()
+    assert f"{len(items) - len(set(items))} duplicate text" in dataset.description()
     right = {0: ["x", "y"], 1: ["y"], 2: ["x"], 3: ["x", "y"], 4: ["w"]}
     right |= {5: ["x", "y"]} if form == "jsonl" else {}  # where each line is a query
     assert {int(name): answers for name, answers in pairs_of(dataset, "train").items()} == right

@@ -330,7 +330,7 @@ def test_a_share_of_the_training_functions_is_obfuscated_anew_each_epoch(tmp_pat
         rows = [{"docstring": f"the text {code}"[-99:], "code": code} for code in some]
         write_lines(tmp_path / f"{split}.jsonl", rows)
     dataset = data.read_dataset("advtest", [str(tmp_path)], ("train", "valid"), obfuscated=True)
-    assert "equal" in dataset.description()  # the codes of valid, not the functions that stay as they are
+    assert "duplicate" in dataset.description()  # the codes of valid, not the functions that stay as they are
     train, texts = dataset.splits["train"], [dataset.strings(text)[1] for text in dataset.texts()]
     store = data.tokenise(dataset, tokenizer, 64, np.arange(dataset.count))
     assert dataset.splits["valid"].examples.shape == (30, 2) and train.examples.shape == (400, 3)
