@@ -246,6 +246,15 @@ def test_recorded_steps_are_steps_and_where_none_can_be_recorded_the_run_goes_on
     assert capsys.readouterr().err.count("could not be recorded as a CUDA graph (operation not") == (not works)
 
 
+@pytest.mark.parametrize("compiled, accumulate, recorded", [(True, 1, True), (False, 1, False), (True, 2, False)])
+def test_whole_steps_of_a_compiled_objective_are_recorded(compiled, accumulate, recorded, mlm, monkeypatch):
+    enabled, objective = [], copy.deepcopy(mlm[0])
+    monkeypatch.setattr(tasks, "Recorder", lambda *args: enabled.append(args[2]) or types.SimpleNamespace(enabled=False))
+    objective.compiled = compiled
+    tasks.Stepper(objective, tasks.adamw(objective, 1e-3), accumulate)
+    assert enabled == [recorded]
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "tag"])
 def test_steps_recorded_on_a_gpu_are_steps(kind, make_case):
