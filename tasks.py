@@ -32,7 +32,7 @@ from datetime import timedelta
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import Callable, Iterable, Iterator, NamedTuple, Sequence
+from typing import Callable, Iterable, Iterator, NamedTuple, Sequence, TextIO
 
 import numpy as np
 import torch
@@ -701,19 +701,12 @@ class Index:
             if model is None:
                 raise Problem(f"{lacks}: give --ckpt, or take another Python") from None
             info(f"{lacks}: the vectors alone answer")
-        if not next(data.source_files(self.paths, git=True), None):
-            raise Problem(f"{data.listed(self.paths)}: no source files")
         roots = sorted({data.well_formed(os.path.realpath(path)) for path in self.paths})
         key = data.digest(json.dumps([self.VERSION, self.words, roots, model and fingerprint(model)]))
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "codessm")
         self.top = os.path.dirname(os.path.commonpath(roots))  # words of paths are those below it
         self.path = str(folder / f"{os.path.basename(roots[0])}-{key:016x}.sqlite")
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.lock = open(f"{self.path}.lock", "w")
-        except OSError as error:
-            raise Problem(f"cannot write the index in {folder}: {error.strerror}; XDG_CACHE_HOME chooses another place"
-                          ) from None
+        self.lock: TextIO | None = None
         self.db: sqlite3.Connection | None = None
 
     def search(self, query: str, k: int = 10) -> list[Hit]:
@@ -736,9 +729,9 @@ class Index:
             raise Problem(f"the index {self.path}: {error}", 1) from None
 
     def close(self) -> None:
-        self.lock.close()
-        if self.db:
-            self.db.close()
+        for opened in (self.lock, self.db):
+            if opened:
+                opened.close()
 
     def connect(self) -> None:
         self.db = sqlite3.connect(self.path, timeout=60, isolation_level=None)
@@ -748,24 +741,39 @@ class Index:
 
     def update(self) -> None:
         """Bring the index up to date with the files; encodes new content alone."""
+        files = self.source_files()  # first: without any, nothing is written
+        if self.lock is None:
+            folder = os.path.dirname(self.path)
+            try:
+                os.makedirs(folder, exist_ok=True)
+                self.lock = open(f"{self.path}.lock", "w")
+            except OSError as error:
+                raise Problem(f"cannot write the index in {folder}: {error.strerror}; XDG_CACHE_HOME chooses another "
+                              "place") from None
         try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            info("waiting for another search, which is updating the index")
-            fcntl.flock(self.lock, fcntl.LOCK_EX)
-        try:
+            try:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                info("waiting for another search, which is updating the index")
+                fcntl.flock(self.lock, fcntl.LOCK_EX)
+                files = self.source_files()  # as they are after the wait
             if self.db is None:
                 self.connect()
             before = {path: (mark, content) for path, mark, content in self.db.execute("SELECT * FROM files")}
-            now = self.read_files(before)
+            now = self.read_files(files, before)
             if now != before:
                 self.make_live(now)
         finally:
             fcntl.flock(self.lock, fcntl.LOCK_UN)
 
-    def read_files(self, before: dict[bytes, tuple[str, bytes]]) -> dict[bytes, tuple[str, bytes]]:
-        """(mark, hash) of each file, by its path; content that is new is cut, encoded and kept."""
+    def source_files(self) -> list[str]:
         files = [os.path.abspath(path) for path, _ in data.source_files(self.paths, git=True)]
+        if not files:
+            raise Problem(f"{data.listed(self.paths)}: no source files")
+        return files
+
+    def read_files(self, files: list[str], before: dict[bytes, tuple[str, bytes]]) -> dict[bytes, tuple[str, bytes]]:
+        """(mark, hash) of each file, by its path; content that is new is cut, encoded and kept."""
         known = {content for content, in self.db.execute("SELECT hash FROM contents")}
         now, skipped, chunk, started = {}, {}, [], time.time_ns()
         for path in progress(files, desc="indexing", unit=" files"):
