@@ -257,7 +257,7 @@ class MLM(Objective):
     def prepare(self, batch: Batch) -> dict[str, Tensor]:
         """Corrupted ids (B, L), int32; targets (M,) at the flat `places` (M,), both int64.
 
-        A compiled objective gets an M that depends on B and L alone: the target IGNORE fills up what is chosen.
+        Compiled or on a GPU, M depends on B and L alone: the target IGNORE fills up what is chosen.
         """
         B, L = batch.ids.shape
         position, item = np.arange(L)[None], batch.items[:, :1]
@@ -272,7 +272,7 @@ class MLM(Objective):
         bag = {}
         if self.training and self.bag_of_words:
             bag = dict(words=np.where(ordinary, batch.ids, -1), counts=chosen.sum(1, dtype=np.float32))
-        if self.compiled:
+        if self.compiled or self.bias.is_cuda:  # batches of one length are compiled, or recorded, once
             # the mean and five standard deviations are enough for all but one of 10^6 batches
             most = 8 * math.ceil((0.15 * B * L + 5 * math.sqrt(0.15 * 0.85 * B * L)) / 8)
             fill = most * max(1, math.ceil(len(row) / most)) - len(row)
@@ -1697,8 +1697,8 @@ def learning_rate(step: int, steps: int, peak: float, shape: str = "cosine") -> 
 class Stepper:
     """Optimizer steps: `Stepper(...)(batch)` takes one and returns the detached loss sums (3,) of all pieces and ranks.
 
-    A step whose loss or gradient is not finite changes nothing and returns NaN. Steps of one process on a compiled
-    objective are recorded as CUDA graphs (`Recorder`).
+    A step whose loss or gradient is not finite changes nothing and returns NaN. Steps of one process are recorded as
+    CUDA graphs (`Recorder`).
 
     Args:
         accumulate: cut each batch into so many pieces, to save memory; the gradients are the same sums.
@@ -1709,7 +1709,7 @@ class Stepper:
         self.device, self.stepped = next(objective.parameters()).device, False
         objective.pieces = accumulate  # for one that is `coupled`
         self.recorder = Recorder(objective, lambda tensors: self.step([tensors]),
-                                 objective.compiled and accumulate == 1 and world_size() == 1)
+                                 accumulate == 1 and world_size() == 1)
         if self.recorder.enabled:
             for group in optimizer.param_groups:
                 group["capturable"] = True
