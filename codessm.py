@@ -885,7 +885,7 @@ OPTIONS = {
     "--restart": dict(is_flag=True, help="Start over and replace what an earlier run left at -o."),
     "--device": dict(default="auto", show_default=True, help="cpu, cuda, cuda:1, mps, or auto: cuda if there is one."),
     "--compile/--no-compile": dict(default=None, help="Compile the layers, anew for each padded length.  [default: on "
-                                                      f"a GPU, from {tasks.COMPILING_PAYS} batches per length]"),
+                                                      "a GPU, in runs so long that it pays]"),
     "--json": dict(is_flag=True, help="Print the result as JSON."),
 }
 PARAMETERS = {"--compile/--no-compile": "compiled", "--data": "paths", "-o": "output", "--json": "as_json"}
@@ -1106,7 +1106,7 @@ def fit(settings: Settings) -> None:
         copied = init.copy_to(objective, settings.tokenizer is None) if init and not state else ""
         del pretrained, init  # frees their memory
         objective = objective.to(device)
-        tasks.compile_objective(objective, settings.compiled, tasks.compiling_pays(train, settings.steps))
+        tasks.compile_objective(objective, settings.compiled, train, settings.steps)
         trainer = tasks.Trainer(objective, train, held_out["valid"], splits["valid"], output, settings)
         parameters = sum(parameter.numel() for parameter in objective.parameters())
         describe(trainer, parameters, dataset, copied)
@@ -1240,7 +1240,7 @@ def evaluate(task, ckpt, split, predictions, **chosen):
     examples = dataset.splits[split]  # of a tagger only now, as windows of its files
     batches = data.Batches(store, model.tokenizer, settings.ctx, examples.items()[:, None], settings.batch)
     info(f"{dataset.description()}; ctx {settings.ctx}, {len(batches.examples):,} distinct samples to encode")
-    compiled = tasks.compile_objective(model, settings.compiled, tasks.compiling_pays(batches, len(batches)))
+    compiled = tasks.compile_objective(model, settings.compiled, batches, len(batches) / 3)
     metrics, outputs = tasks.evaluate(model, batches, examples, compiled=compiled)
     if predictions is not None and data.rank() == 0:
         with data.atomic(predictions) as file:

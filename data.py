@@ -10,6 +10,7 @@
 import array
 import ast
 import base64
+import bisect
 import bz2
 import codecs
 import csv
@@ -1089,11 +1090,11 @@ class Batches:
         self.ordered = epoch, order
         return order
 
-    def padded_lengths(self, count: int) -> set[int]:
-        """The static lengths that occur in the first `count` batches, of one epoch at most."""
+    def padded_lengths(self, count: int) -> np.ndarray:
+        """The static lengths of each of the first `count` batches, of one epoch at most: (n, 1), of pairs (n, 2)."""
         order = self.order(0)[:count]
         lengths = self.store.lengths(self.examples[order], self.ctx) * (order >= 0)[..., None]
-        return set(self.static[np.searchsorted(self.static, lengths.max(1))].ravel().tolist())
+        return self.static[np.searchsorted(self.static, lengths.max(1))]
 
     def __getitem__(self, number: int) -> Batch:
         """This rank's share of a batch."""
@@ -2105,7 +2106,7 @@ def token_paths(tree: ast.AST, positions: Positions, starts: list[int]) -> list[
     while waiting:
         node, path = waiting.pop()
         if hasattr(node, "lineno"):
-            first, last = np.searchsorted(starts, positions.span(node)).tolist()
+            first, last = (bisect.bisect_left(starts, place) for place in positions.span(node))
             path = (*path, next(count))
             paths[first:last] = [path] * (last - first)
             whole[first:last] = [last - first == 1] * (last - first)
@@ -2417,7 +2418,7 @@ def typed_tokens(source: str) -> tuple[list[str], list[str | None], list[tuple[i
 
     def token_span(node: ast.AST) -> tuple[int, int]:
         """The numbers of a node's first token and of the token after its last."""
-        return tuple(np.searchsorted(starts, positions.span(node)).tolist())
+        return tuple(bisect.bisect_left(starts, place) for place in positions.span(node))
 
     for node in ast.walk(tree):
         annotation = getattr(node, "returns" if isinstance(node, FUNCTION) else "annotation", None)
@@ -2437,7 +2438,7 @@ def typed_tokens(source: str) -> tuple[list[str], list[str | None], list[tuple[i
             labelled = token_span(node.target)[1] - 1
         labels[labelled] = well_formed(ast.unparse(annotation))
     left = [i for i in range(len(tokens)) if i not in annotation_tokens]
-    functions = [tuple(np.searchsorted(left, token_span(node)).tolist()) for node, _ in definitions(tree)
+    functions = [tuple(bisect.bisect_left(left, number) for number in token_span(node)) for node, _ in definitions(tree)
                  if isinstance(node, FUNCTION)]
     return [tokens[i].string for i in left], [labels[i] for i in left], functions
 

@@ -273,6 +273,16 @@ def test_steps_recorded_on_a_gpu_are_steps(kind, compiled, make_case):
     assert (found[0] - found[1]).abs().max() < 1e-3 and (found[0] - found[1]).norm() < 1e-2 * found[0].norm()
 
 
+def test_compiling_pays_once_it_saves_fifteen_seconds_per_length(mlm):
+    batches = mlm[1]
+    sizes = [batches[number].ids.shape for number in range(len(batches))]
+    saved = 1.3e-10 * np.mean([B * L for B, L in sizes]) * 12 * 1024  # seconds per step
+    objective = types.SimpleNamespace(encoder=types.SimpleNamespace(config={"layers": 12, "d": 1024}))
+    for share in (0.9, 1.1):
+        steps = share * 15 * len({L for _, L in sizes}) / saved
+        assert steps > len(batches) and tasks.compiling_pays(objective, batches, steps) == (share > 1)
+
+
 def test_without_a_compiler_a_line_says_so_and_the_run_goes_on(small, quick, monkeypatch):
     def fail(*_args, **_options):
         raise RuntimeError("Cannot find a working triton installation.\nMore of it.")
