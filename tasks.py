@@ -1135,10 +1135,10 @@ class Recorder:
     a line on standard error says so and no more are made.
     """
     BEFORE, MOST, MOST_TOKENS = 2, 64, 16_384
-    stream: torch.cuda.Stream | None = None  # to record on; None for torch's own
 
-    def __init__(self, objective: Objective, function: Callable[[dict[str, Tensor]], Tensor], enabled: bool = True):
-        self.function, self.device = function, next(objective.parameters()).device
+    def __init__(self, objective: Objective, function: Callable[[dict[str, Tensor]], Tensor], enabled: bool = True,
+                 stream: torch.cuda.Stream | None = None):
+        self.function, self.device, self.stream = function, next(objective.parameters()).device, stream
         self.enabled = enabled and self.device.type == "cuda" and objective.fixed_shapes
         self.seen = Counter()  # by the shapes of the tensors
         self.recorded: dict[tuple, tuple[torch.cuda.CUDAGraph, dict[str, Tensor], Tensor]] = {}
@@ -1717,14 +1717,14 @@ class Stepper:
         self.objective, self.optimizer, self.accumulate = objective, optimizer, accumulate
         self.device, self.stepped = next(objective.parameters()).device, False
         objective.pieces = accumulate  # for one that is `coupled`
+        # not on the stream of evaluations, whose graphs, when they go, take the workspace of all that were recorded on
+        # it (pytorch issue 193402)
+        stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.recorder = Recorder(objective, lambda tensors: self.step([tensors]),
-                                 accumulate == 1 and world_size() == 1)
+                                 accumulate == 1 and world_size() == 1, stream)
         if self.recorder.enabled:
             for group in optimizer.param_groups:
                 group["capturable"] = True
-            # not the stream of evaluations, whose graphs, when they go, take the workspace of all that were recorded on
-            # it (pytorch issue 193402)
-            self.recorder.stream = torch.cuda.Stream(self.device)
         self.parallel = objective
         if world_size() > 1:
             torch._dynamo.config.optimize_ddp = False  # it would cut the layers, which are compiled as they are
