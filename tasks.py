@@ -32,7 +32,7 @@ from datetime import timedelta
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import Callable, Iterable, Iterator, NamedTuple, Sequence, TextIO
+from typing import Callable, Iterable, Iterator, NamedTuple, Sequence
 
 import numpy as np
 import torch
@@ -710,32 +710,27 @@ class Index:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "codessm")
         self.top = os.path.dirname(os.path.commonpath(roots))  # words of paths are those below it
         self.path = str(folder / f"{os.path.basename(roots[0])}-{key:016x}.sqlite")
-        self.lock: TextIO | None = None
         self.db: sqlite3.Connection | None = None
 
-    def search(self, query: str, k: int = 10) -> list[Hit]:
+    def search(self, query: str, k: int = 10, made_anew: bool = False) -> list[Hit]:
         """The best k units for a query, of the tree as it is now; equal files are one. Raises `Problem`."""
         try:
-            try:
-                self.update()
-                return self.answer(query, k)
-            except sqlite3.DatabaseError as error:
-                if re.search("locked|busy|full|readonly|unable to open|I/O", str(error)):  # no fault of the file
-                    raise
-                info(f"the index {self.path} is damaged or of another program ({error}): it is made anew")
-                self.db.close()
-                self.db = None
-                for ending in ("", "-wal", "-shm"):
-                    Path(self.path + ending).unlink(missing_ok=True)
-                self.update()
-                return self.answer(query, k)
+            self.update()
+            return self.answer(query, k)
         except sqlite3.Error as error:
-            raise Problem(f"the index {self.path}: {error}", 1) from None
+            # what else goes wrong is no fault of the file
+            if made_anew or re.search("locked|busy|full|readonly|unable to open|I/O", str(error)):
+                raise Problem(f"the index {self.path}: {error}", 1) from None
+            info(f"the index {self.path} is damaged or of another program ({error}): it is made anew")
+        self.close()
+        for ending in ("", "-wal", "-shm"):
+            Path(self.path + ending).unlink(missing_ok=True)
+        return self.search(query, k, made_anew=True)
 
     def close(self) -> None:
-        for opened in (self.lock, self.db):
-            if opened:
-                opened.close()
+        if self.db:
+            self.db.close()
+            self.db = None
 
     def connect(self) -> None:
         self.db = sqlite3.connect(self.path, timeout=60, isolation_level=None)
@@ -745,21 +740,19 @@ class Index:
 
     def update(self) -> None:
         """Bring the index up to date with the files; encodes new content alone."""
-        files = self.source_files()  # first: without any, nothing is written
-        if self.lock is None:
-            folder = os.path.dirname(self.path)
-            try:
-                os.makedirs(folder, exist_ok=True)
-                self.lock = open(f"{self.path}.lock", "w")
-            except OSError as error:
-                raise Problem(f"cannot write the index in {folder}: {error.strerror}; XDG_CACHE_HOME chooses another "
-                              "place") from None
+        files, folder = self.source_files(), os.path.dirname(self.path)  # without source files nothing is written
         try:
+            os.makedirs(folder, exist_ok=True)
+            lock = open(f"{self.path}.lock", "w")
+        except OSError as error:
+            raise Problem(f"cannot write the index in {folder}: {error.strerror}; XDG_CACHE_HOME chooses another "
+                          "place") from None
+        with lock:  # closing the file releases it
             try:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 info("waiting for another search, which is updating the index")
-                fcntl.flock(self.lock, fcntl.LOCK_EX)
+                fcntl.flock(lock, fcntl.LOCK_EX)
                 files = self.source_files()  # as they are after the wait
             if self.db is None:
                 self.connect()
@@ -767,8 +760,6 @@ class Index:
             now = self.read_files(files, before)
             if now != before:
                 self.make_live(now)
-        finally:
-            fcntl.flock(self.lock, fcntl.LOCK_UN)
 
     def source_files(self) -> list[str]:
         files = [os.path.abspath(path) for path, _ in data.source_files(self.paths, git=True)]
