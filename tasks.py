@@ -9,7 +9,6 @@ import ctypes
 import errno
 import fcntl
 import gc
-import heapq
 import itertools
 import json
 import math
@@ -843,17 +842,17 @@ class Index:
             units, cosines = (np.flatnonzero(words), None) if self.model is None else self.cosines(query)
             found = words[units]
             scores = found if cosines is None else standardised(cosines) + standardised(found)
-            return [self.hit(int(units[i]), float(scores[i]), int((found > found[i]).sum()) + 1 if found[i] else None,
-                             None if cosines is None else int((cosines > cosines[i]).sum()) + 1)
-                    for i in heapq.nlargest(k, range(len(units)), scores.__getitem__)]
-
-    def hit(self, unit: int, score: float, word_rank: int | None, vector_rank: int | None) -> Hit:
-        path, first, last, name, code = self.db.execute("""
-            SELECT path, units.first, last, name, code FROM units, contents
-            WHERE number = ?1 AND contents.first <= ?1 AND count ORDER BY contents.first DESC LIMIT 1""",
-                                                        (unit,)).fetchone()
-        path = os.fsdecode(path).removeprefix(os.path.join(os.getcwd(), ""))
-        return Hit(path, first, last, name, score, word_rank, vector_rank, code)
+            hits = []
+            for i in np.argsort(-scores, kind="stable")[:k]:
+                path, first, last, name, code = self.db.execute("""
+                    SELECT path, units.first, last, name, code FROM units, contents
+                    WHERE number = ?1 AND contents.first <= ?1 AND count ORDER BY contents.first DESC LIMIT 1""", (
+                        int(units[i]),)).fetchone()
+                path = os.fsdecode(path).removeprefix(os.path.join(os.getcwd(), ""))
+                word_rank = int((found > found[i]).sum()) + 1 if found[i] else None
+                vector_rank = None if cosines is None else int((cosines > cosines[i]).sum()) + 1
+                hits.append(Hit(path, first, last, name, float(scores[i]), word_rank, vector_rank, code))
+            return hits
 
     def word_scores(self, query: str) -> np.ndarray:
         """BM25 of each unit, by its number, float64; 0 where no word is found."""
