@@ -6,7 +6,6 @@ An `Objective` is an encoder with a head. Any encoder will do that maps ids (B, 
 """
 import copy
 import ctypes
-import errno
 import fcntl
 import gc
 import itertools
@@ -1514,14 +1513,9 @@ def summary(names: Iterable[str]) -> str:
             layers.setdefault(int(found[1]), []).append(found[2])
         else:
             others.append(name)
-    runs = []  # [first layer, last layer, names]
-    for number, parts in sorted(layers.items()):
-        if runs and runs[-1][1:] == [number - 1, parts]:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number, parts])
-    entries = [f"layers {first}-{last}" + (f" ({', '.join(parts)})" if len(parts) <= 8 else "")
-               for first, last, parts in runs]
+    firsts, lasts = (sorted(n for n in layers if layers.get(n + step) != layers[n]) for step in (-1, 1))
+    entries = [f"layers {first}-{last}" + (f" ({', '.join(layers[first])})" if len(layers[first]) <= 8 else "")
+               for first, last in zip(firsts, lasts)]
     return ", ".join(entries + others) or "nothing"
 
 
@@ -1655,18 +1649,9 @@ class Output(AbstractContextManager):
         if rank() > 0:
             return
         try:
-            line, size = json.dumps(values).encode() + b"\n", os.fstat(self.log.fileno()).st_size
-            if self.log.write(line) < len(line):  # the disk is full
-                self.log.truncate(size)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self.log.write(json.dumps(values).encode() + b"\n")
         except OSError as error:
             raise Problem(f"could not write {self.log_path}: {error.strerror}", 1) from None
-
-    def finish(self, content: dict) -> None:
-        """Write the checkpoint, then remove the state."""
-        write(self.path, content)
-        for path in (self.state_path, f"{self.state_path}.tmp"):
-            Path(path).unlink(missing_ok=True)
 
 
 def adamw(objective: nn.Module, lr: float) -> torch.optim.AdamW:
@@ -1837,7 +1822,9 @@ class Trainer:
                         saving = saved - started
                 self.objective.load_state_dict(self.best)
                 if rank() == 0:
-                    self.output.finish(checkpoint(self.objective))
+                    save(self.output.path, self.objective)
+                    for path in (self.output.state_path, f"{self.output.state_path}.tmp"):
+                        Path(path).unlink(missing_ok=True)
                 Path(self.output.tokens_path).unlink(missing_ok=True)  # each host has its own
             except BaseException as error:  # all that can end a run
                 raise self.save_after(error) from error
