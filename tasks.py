@@ -210,8 +210,7 @@ class Objective(nn.Module):
 
 
 def to_tensors(arrays: dict[str, np.ndarray | None]) -> dict[str, Tensor]:
-    """Tensors of the arrays that are not None. Lengths are left out if no row is padded: attention is faster unmasked.
-    """
+    """Tensors of the arrays that are not None, without lengths if no row is padded: attention is faster unmasked."""
     for ids, lengths in (("ids", "lengths"), ("ids2", "lengths2")):
         if arrays.get(lengths) is not None and arrays[lengths].min() == arrays[ids].shape[1]:
             arrays = arrays | {lengths: None}
@@ -972,22 +971,15 @@ def filter_shift(before: Filters, after: Filters) -> dict:
 
 
 class Pairs(NamedTuple):
-    """Pairs of tokens, for one relation.
-
-    `control` is drawn at random for each pair of words: what a probe reads off the words alone, and by heart (Hewitt
-    and Liang 2019, arXiv 1909.03368).
-    """
+    """Pairs of tokens, for one relation."""
     states: Tensor       # (layers + 1, n, 2, d) float32, on the CPU
     labels: np.ndarray   # (n,) int64
-    control: np.ndarray  # (n,) int64
+    control: np.ndarray  # (n,) int64, random for each pair of words (Hewitt and Liang 2019, arXiv 1909.03368)
 
 
 @torch.no_grad()
 def token_states(objective: Objective, function: data.Relations) -> Tensor:
-    """Hidden states (layers + 1, tokens, d), float32, before, between and after the layers.
-
-    That of a token is the mean over its sub-tokens.
-    """
+    """Hidden states (layers + 1, tokens, d), float32, before, between and after the layers: means over sub-tokens."""
     tokenizer, device = objective.tokenizer, next(objective.parameters()).device
     encoding = tokenizer.model.encode(function.code, add_special_tokens=False)
     ids, below = torch.tensor([[tokenizer.start, *encoding.ids, tokenizer.end]]), []
@@ -1168,10 +1160,7 @@ class Recorder:
 # ---- ranks ------------------------------------------------------------------------------------------
 
 def join_ranks() -> None:
-    """Join the processes that `torchrun` (or whatever sets its variables) has started; raises `Problem`.
-
-    Objects and CPU tensors travel by gloo, GPU tensors by NCCL.
-    """
+    """Join the processes that `torchrun` (or whatever sets its variables) has started; raises `Problem`."""
     number, count = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
     if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
         raise Problem(f"RANK={number} and WORLD_SIZE={count} name none of several processes: start them with torchrun")
@@ -1212,8 +1201,7 @@ def all_reduce(tensor: Tensor, operation=dist.ReduceOp.SUM) -> Tensor:
 
 
 def broadcast_state(state: dict | None) -> dict | None:
-    """Rank 0's state, on every rank. Its tensors travel one by one: pickled they would take several times their memory.
-    """
+    """Rank 0's state, on every rank. Its tensors are not pickled, which would take several times their memory."""
     if world_size() == 1:
         return state
 
@@ -1309,10 +1297,7 @@ PLAIN = re.compile(r"collections OrderedDict|torch Size|torch \w+Storage|torch\.
 
 
 def unpickle(path: str | os.PathLike) -> object:
-    """What `torch.save` wrote, on the CPU, or None if it is damaged. Runs no code of the file; raises `Problem`.
-
-    Takes no more memory than the file is long.
-    """
+    """What `torch.save` wrote, None if damaged; raises `Problem`. Takes no more memory than the file, runs no code."""
     try:
         with open(path, "rb") as file:
             if zipfile.is_zipfile(file):
@@ -1359,9 +1344,9 @@ def check_tensors(tensors: dict[str, Tensor], expected: dict[str, Tensor] | None
 
 
 def restore(content: dict, path: str | os.PathLike, make_encoder: Callable[..., nn.Module]) -> Objective:
-    """The objective in a checkpoint's content, on the CPU. `make_encoder(**config)` makes its encoder.
+    """The objective in the content of a checkpoint, on the CPU. Raises `Problem`.
 
-    Raises `Problem`, which names the `path`.
+    `make_encoder(**config)` makes its encoder; errors name the `path`.
     """
     try:
         tokenizer = Tokenizer(content["tokenizer"], str(path))
@@ -1410,10 +1395,7 @@ class InitialWeights(NamedTuple):
 
     @staticmethod
     def read(path: str) -> "InitialWeights":
-        """Read a codessm checkpoint, or a BiGS state dict, which may lie under one of `NESTS`.
-
-        Raises `data.Problem` where the file is neither.
-        """
+        """Read a codessm checkpoint, or a BiGS state dict, which may lie under one of `NESTS`; raises `Problem`."""
         content = unpickle(path)
         try:
             if content.get("format") == FORMAT:
@@ -1474,10 +1456,7 @@ class InitialWeights(NamedTuple):
 
 
 def from_bigs(path: str, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """(weights by our names, names of the tensors without a counterpart) of a BiGS state dict; raises `Problem`.
-
-    Every token has type 0, so the embedding of that type is added to each token's.
-    """
+    """(weights by our names, names of the tensors without a counterpart) of a BiGS state dict; raises `Problem`."""
     weights, unused, unknown = {}, [], []
     for name, tensor in tensors.items():
         plain = BIGS_PREFIX.sub("", str(name))
@@ -1497,6 +1476,7 @@ def from_bigs(path: str, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor],
     embedding, decoder = weights["encoder.embedding.weight"], weights.pop("decoder.weight", None)
     if decoder is not None and not torch.equal(decoder, embedding):
         raise Problem(f"--init {path} has a decoder of its own, where ours is the embedding")
+    # every token has type 0
     weights["encoder.embedding.weight"] = embedding + weights.pop("types.weight", torch.zeros(1))[:1]
     for name in [name for name in weights if re.search(r"\.f\.(weight|bias)$", name)]:
         layer, _, parameter = name.rpartition("f.")
@@ -1566,12 +1546,10 @@ class Settings:
 class Output(AbstractContextManager):
     """The files of one run: the checkpoint `path`, its log `path`.jsonl, while it trains `path`.state, `path`.tokens.
 
-    In a `with` block the run holds a lock on the log, which the kernel releases if the process dies. What an earlier
-    run left stays as it was until the first step. Only rank 0 reads and writes these files, except for the tokens. A
-    symbolic link stands for the file that it leads to.
-
-    Raises `Problem` if the run could not write, if another run is writing, or if a file would be overwritten that is
-    not an earlier run's, or a finished one's without `restart`.
+    In a `with` block the run holds a lock on the log. What an earlier run left stays as it was until the first step.
+    Only rank 0 reads and writes these files, except for the tokens. A symbolic link stands for the file that it leads
+    to. Raises `Problem` if the run could not write, if another run is writing, or if a file would be overwritten that
+    is not an earlier run's, or a finished one's without `restart`.
     """
 
     def __init__(self, path: str, restart: bool = False):
@@ -1682,10 +1660,8 @@ class Stepper:
     """Optimizer steps: `Stepper(...)(batch)` takes one and returns the detached loss sums (3,) of all pieces and ranks.
 
     A step whose loss or gradient is not finite changes nothing and returns NaN. Steps of one process are recorded as
-    CUDA graphs (`Recorder`).
-
-    Args:
-        accumulate: cut each batch into so many pieces, to save memory; the gradients are the same sums.
+    CUDA graphs (`Recorder`). `accumulate` cuts each batch into so many pieces, to save memory; the gradients are the
+    same sums.
     """
 
     def __init__(self, objective: Objective, optimizer: torch.optim.Optimizer, accumulate: int = 1):
