@@ -688,6 +688,7 @@ class Index:
         CREATE INDEX content_of_unit ON contents (first);
         CREATE TABLE units (number INTEGER PRIMARY KEY, first INTEGER, last INTEGER, name TEXT, code TEXT);"""
     WORDS = "CREATE VIRTUAL TABLE words USING fts5 (text, tokenize='porter unicode61');"
+    PRAGMAS = "PRAGMA page_size = 32768; PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL"
     CHUNK = 2048  # units that are encoded, and kept, at a time
 
     def __init__(self, paths: Sequence[str], model: Objective | None = None, batch: int = 32):
@@ -729,12 +730,6 @@ class Index:
             self.db.close()
             self.db = None
 
-    def connect(self) -> None:
-        self.db = sqlite3.connect(self.path, timeout=60, isolation_level=None)
-        self.db.executescript("PRAGMA page_size = 32768; PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL")
-        if not self.db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-            self.db.executescript(f"BEGIN; {self.SCHEMA} {self.words} COMMIT")
-
     def update(self) -> None:
         """Bring the index up to date with the files; encodes new content alone."""
         files, folder = self.source_files(), os.path.dirname(self.path)  # without source files nothing is written
@@ -752,7 +747,10 @@ class Index:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 files = self.source_files()  # as they are after the wait
             if self.db is None:
-                self.connect()
+                self.db = sqlite3.connect(self.path, timeout=60, isolation_level=None)
+                self.db.executescript(self.PRAGMAS)
+                if not self.db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+                    self.db.executescript(f"BEGIN; {self.SCHEMA} {self.words} COMMIT")
             before = {path: (mark, content) for path, mark, content in self.db.execute("SELECT * FROM files")}
             now = self.read_files(files, before)
             if now != before:
@@ -796,17 +794,18 @@ class Index:
     def keep(self, chunk: list[tuple[bytes, list[data.Unit]]]) -> None:
         """Write content with its units and vectors, not part of the index yet."""
         units = [unit for _, some in chunk for unit in some]
-        vectors = self.model and self.model.encode([unit.code for unit in units], self.batch, self.model.ctx)
+        vectors = np.empty((len(units), 0), np.float16)
+        if self.model:
+            vectors = self.model.encode([unit.code for unit in units], self.batch, self.model.ctx).astype(np.float16)
         with self.db:
             self.db.execute("BEGIN IMMEDIATE")
             first, = self.db.execute("SELECT coalesce(max(number), 0) + 1 FROM units").fetchone()
             self.db.executemany("INSERT INTO units VALUES (?, ?, ?, ?, ?)", (
                 (number, *unit[1:]) for number, unit in enumerate(units, first)))
             for content, some in chunk:
-                own = None
-                if vectors is not None:
-                    own, vectors = vectors[:len(some)].astype(np.float16).tobytes(), vectors[len(some):]
-                self.db.execute("INSERT INTO contents VALUES (?, ?, ?, ?, NULL)", (content, first, len(some), own))
+                own, vectors = vectors[:len(some)], vectors[len(some):]
+                row = content, first, len(some), own.tobytes()
+                self.db.execute("INSERT INTO contents VALUES (?, ?, ?, ?, NULL)", row)
                 first += len(some)
 
     def make_live(self, now: dict[bytes, tuple[str, bytes]]) -> None:
@@ -1443,13 +1442,11 @@ class InitialWeights(NamedTuple):
             else:
                 misfits.append(f"{name} {tuple(weight.shape)}")
         origin = "{model}, {layers} x {d}".format(**theirs) if self.config else "BiGS"
-        kernels = theirs.get("kernels", 1)
-        if misfits and self.config and kernels != config["kernels"]:
-            raise Problem(f"--init {self.path} has {kernels} kernels a direction, not {config['kernels']}: "
-                          f"give --kernels {kernels}")
         if misfits:
+            kernels = theirs.get("kernels", config["kernels"])
+            advice = f" (give --kernels {kernels}, as it has)" * (kernels != config["kernels"])
             raise Problem(f"--init {self.path} ({origin}) does not fit {config['model']}, {config['layers']} x "
-                          f"{config['d']}: {data.listed(misfits, 4)}")
+                          f"{config['d']}: {data.listed(misfits, 4)}{advice}")
         return (f"{self.path} ({origin}): taken {summary(taken)}{shortened}; random {summary(ours.keys() - set(taken))}"
                 f"{'' if same_vocabulary else ' (another vocabulary)'}; "
                 f"not taken {summary([*(self.weights.keys() - set(taken)), *self.unused])}")

@@ -156,6 +156,7 @@ def test_a_run_starts_from_given_weights(small, quick, monkeypatch, functions, t
              "a.pt (codessm, 1 x 160): taken layers 0-0, bias", "random nothing;"],
          *command, "--init", "a.pt", "-o", "b.pt", "--model", "codessm-uni", "--kernels", 8)
     says(0, "codessm-uni, 1 x 160, 8 kernels", *command, "--init", "b.pt", "-o", "e.pt")  # what is not given is b.pt's
+    says(2, "(give --kernels 8, as it has)", *command, "--init", "b.pt", "-o", "d.pt", "--kernels", 4)
     after = codessm.load("b.pt")
     assert after.tokenizer.text == codessm.load("a.pt").tokenizer.text
     assert all((value - before[name]).abs().max() < 1e-3 for name, value in after.state_dict().items())
