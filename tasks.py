@@ -1568,6 +1568,7 @@ class Output(AbstractContextManager):
         try:
             self.log = open(self.log_path, "ab", buffering=0)
             fcntl.flock(self.log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.earlier = os.path.getsize(self.log_path)
         except BlockingIOError:
             raise Problem(f"another run is writing {self.path}: wait for it, or give another -o") from None
         except OSError as error:
@@ -1603,13 +1604,10 @@ class Output(AbstractContextManager):
                           "again: --restart discards it")
         return state
 
-    def begin(self, log_size: int | None) -> None:
-        """Cut the log back to the size that a state names; with None the run is new."""
-        size = os.path.getsize(self.log_path)
-        if log_size is None:
-            self.earlier = size
-        else:
-            self.log.truncate(min(log_size, size))
+    def go_on(self, log_size: int) -> None:
+        """Cut the log back to the size that it had when a state was saved."""
+        self.log.truncate(min(log_size, self.earlier))
+        self.earlier = None
 
     def discard_earlier(self) -> None:
         """Remove the lines of the log and the state that an earlier run left."""
@@ -1904,7 +1902,7 @@ class Trainer:
             self.check_room()
             if state:
                 self.load_state_dict(state)
-            self.output.begin(state["log"] if state else None)
+                self.output.go_on(state["log"])
         state = broadcast_state(state)
         if state:
             if rank() > 0:
