@@ -1386,6 +1386,7 @@ BIGS_PREFIX = re.compile(r"^((module|_orig_mod|bigs)\.)+")  # of wrappers, and o
 class InitialWeights(NamedTuple):
     """Weights, by our names, from which another model starts; `unused` names the tensors that have no counterpart."""
     path: str
+    origin: str  # the model and size of a checkpoint, or BiGS
     weights: dict[str, Tensor]
     unused: list[str]
     config: dict | None = None  # None for BiGS
@@ -1399,11 +1400,12 @@ class InitialWeights(NamedTuple):
         try:
             if content.get("format") == FORMAT:
                 check_tensors(content["weights"])
-                return InitialWeights(path, content["weights"], [], dict(content["config"]),
-                                      Tokenizer(content["tokenizer"], path), content.get("labels"))
+                config, tokenizer = dict(content["config"]), Tokenizer(content["tokenizer"], path)
+                return InitialWeights(path, "{model}, {layers} x {d}".format(**config), content["weights"], [], config,
+                                      tokenizer, content.get("labels"))
             content = next((content[key] for key in NESTS if isinstance(content.get(key), dict)), content)
             if any(".fs4." in str(name) for name in content):
-                return InitialWeights(path, *from_bigs(path, content))
+                return InitialWeights(path, "BiGS", *from_bigs(path, content))
         except (TypeError, ValueError, KeyError, AttributeError, RuntimeError):
             pass
         raise Problem(f"--init {path} is neither a codessm checkpoint nor a BiGS state dict, or not a whole one")
@@ -1441,15 +1443,14 @@ class InitialWeights(NamedTuple):
                 taken.append(name)
             else:
                 misfits.append(f"{name} {tuple(weight.shape)}")
-        origin = "{model}, {layers} x {d}".format(**theirs) if self.config else "BiGS"
         if misfits:
             kernels = theirs.get("kernels", config["kernels"])
             advice = f" (give --kernels {kernels}, as it has)" * (kernels != config["kernels"])
-            raise Problem(f"--init {self.path} ({origin}) does not fit {config['model']}, {config['layers']} x "
+            raise Problem(f"--init {self.path} ({self.origin}) does not fit {config['model']}, {config['layers']} x "
                           f"{config['d']}: {data.listed(misfits, 4)}{advice}")
-        return (f"{self.path} ({origin}): taken {summary(taken)}{shortened}; random {summary(ours.keys() - set(taken))}"
-                f"{'' if same_vocabulary else ' (another vocabulary)'}; "
-                f"not taken {summary([*(self.weights.keys() - set(taken)), *self.unused])}")
+        return (f"{self.path} ({self.origin}): taken {summary(taken)}{shortened}; random "
+                f"{summary(ours.keys() - set(taken))}{'' if same_vocabulary else ' (another vocabulary)'}; not taken "
+                f"{summary([*(self.weights.keys() - set(taken)), *self.unused])}")
 
 
 def from_bigs(path: str, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:

@@ -164,6 +164,8 @@ def test_a_run_starts_from_given_weights(small, quick, monkeypatch, functions, t
     after = weights("c.pt")
     assert torch.allclose(after["encoder.layers.0.v.weight"], before["encoder.layers.0.v.weight"], atol=1e-6)
     assert len(after["bias"]) == 380 and not torch.allclose(after[embedding], before[embedding][:380], atol=1e-3)
+    torch.save(tasks.read("a.pt") | {"config": {"model": "codessm"}}, "x.pt")
+    says(2, "x.pt is neither a codessm checkpoint", *command, "--init", "x.pt", "-o", "d.pt")
     for args, message in ((["--size", "tiny"], "a.pt (codessm, 1 x 160) does not fit codessm, 1 x 64: dense.bias"),
                           (["--model", "zamba"], "a.pt is a codessm, whose layers are not those of zamba")):
         says(2, message, *command, *still, "d.pt", *args)
