@@ -640,9 +640,7 @@ def rank_candidates(queries: Tensor, candidates: Tensor, query: np.ndarray, gold
                     ) -> tuple[np.ndarray, np.ndarray]:
     """The rank, from 1, of each query's best gold candidate, where ties count against it, and the best 100 candidates.
 
-    Args:
-        queries (Q, d), candidates (C, d): float32.
-        query, gold: (n,) int64, n >= Q: candidate `gold[i]` is right for query `query[i]`.
+    Candidate `gold[i]` of `candidates` (C, d) is right for query `query[i]` of `queries` (Q, d); i counts n >= Q pairs.
     Returns int64 (Q,) and (Q, min(100, C)). rank = 1 + #{wrong candidates: score > best right score - TIE}.
     """
     ranks, top, chunk = [], [], max(1, SCORES // len(candidates))
