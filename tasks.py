@@ -6,6 +6,7 @@ An `Objective` is an encoder with a head. Any encoder will do that maps ids (B, 
 """
 import copy
 import ctypes
+import errno
 import fcntl
 import gc
 import itertools
@@ -1621,7 +1622,10 @@ class Output(AbstractContextManager):
         if rank() > 0:
             return
         try:
-            self.log.write(json.dumps(values).encode() + b"\n")
+            line, size = json.dumps(values).encode() + b"\n", os.fstat(self.log.fileno()).st_size
+            if self.log.write(line) < len(line):  # the disk is full
+                self.log.truncate(size)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             raise Problem(f"could not write {self.log_path}: {error.strerror}", 1) from None
 
