@@ -628,13 +628,6 @@ class Dataset:
         """(text, code) of one of the `texts`, the text being "" where there is none."""
         return "", text
 
-    def training_strings(self, most: int) -> Iterator[str]:
-        """At most about `most` bytes of the training split's strings, chosen by a hash: the same in every run."""
-        share = min(1.0, most / max(1, self.bytes))
-        for strings in map(self.strings, self.select(self.splits["train"].items())):
-            if share == 1 or zlib.crc32("\0".join(strings).encode()) < share * 2 ** 32:
-                yield from strings
-
     def select(self, wanted: np.ndarray) -> Iterator[object]:
         """The texts of the wanted items, which are sorted."""
         return itertools.compress(self.texts(), np.isin(np.arange(wanted.max(initial=-1) + 1), wanted))
@@ -841,15 +834,21 @@ def load_tokenizer(path: str) -> Tokenizer:
 
 
 def train_tokenizer(dataset: Dataset, vocab: int, most: int = 200_000_000) -> Tokenizer:
-    """A byte-level BPE of `vocab` entries, trained on at most about `most` bytes of a data set's training split."""
+    """A byte-level BPE of `vocab` entries, trained on a data set's training split.
+
+    Of more than `most` bytes a hash chooses about so many, the same in every run.
+    """
     least = 256 + len(SPECIALS)
     if vocab < least:
         raise Problem(f"--vocab {vocab} is too small: a byte-level vocabulary has at least {least} entries")
     model = tokenizers.ByteLevelBPETokenizer()
     byte_level = model.pre_tokenizer
     model.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([LONGEST_WORD, byte_level])  # as `Tokenizer` has it
-    stopped = threading.Event()
-    strings = itertools.takewhile(lambda _: not stopped.is_set(), dataset.training_strings(most))
+    stopped, share = threading.Event(), most / max(1, dataset.bytes)
+    pairs = map(dataset.strings, dataset.select(dataset.splits["train"].items()))
+    strings = itertools.chain.from_iterable(
+        pair for pair in itertools.takewhile(lambda _: not stopped.is_set(), pairs)
+        if zlib.crc32("\0".join(pair).encode()) < share * 2 ** 32)
     with ThreadPoolExecutor(1) as thread:  # in the main thread signals would wait for the library
         training = thread.submit(model.train_from_iterator, strings, vocab, 0, sys.stderr.isatty(),
                                  [spellings[0] for spellings in SPECIALS.values()])
@@ -1950,8 +1949,10 @@ def cut_units(source: str, language: str, path: str = "") -> list[Unit]:
         with suppress(*UNPARSABLE):
             found = list(python_definitions(source, rows))
     if found is None:
-        depths = indents(rows) if language in BY_INDENTATION else brace_depths(source, len(rows))
-        found = block_definitions(rows, depths, language in BY_INDENTATION, 0, len(rows))
+        by_indent = language in BY_INDENTATION
+        depths = [len(row) - len(row.lstrip()) if row.strip() else 0 for row in map(str.expandtabs, rows)] \
+            if by_indent else brace_depths(source, len(rows))
+        found = block_definitions(rows, depths, by_indent, 0, len(rows))
     owners = [(0, "")] * len(rows)  # (number, name) of the innermost definition around each row
     for number, (begin, end, name) in enumerate(found, 1):  # inner ones come after outer ones
         owners[begin:end] = [(number, name)] * (end - begin)
@@ -1989,15 +1990,6 @@ def python_definitions(source: str, rows: list[str]) -> Iterator[tuple[int, int,
         while begin and rows[begin - 1].lstrip().startswith("#"):
             begin -= 1
         yield begin, node.end_lineno, name
-
-
-def indents(rows: list[str]) -> list[int]:
-    """The indent of each row; of a blank one that of the row above."""
-    depths = []
-    for row in rows:
-        row = row.expandtabs()
-        depths.append(len(row) - len(row.lstrip()) if row.strip() else depths[-1] if depths else 0)
-    return depths
 
 
 def brace_depths(source: str, count: int) -> list[int]:
