@@ -1152,15 +1152,13 @@ class Task(NamedTuple):
     batch: int = 32                # examples a step
 
 
-ADVTEST = Task(
-    "retrieval", 512, 3, "mrr", ("docstring_tokens", "docstring"),
-    ("code_tokens", "function_tokens", "code", "function"),
-    line='{"docstring_tokens": [...], "code_tokens": [...], "url": "...", "idx": 0}',
-    published="https://github.com/microsoft/CodeXGLUE/tree/main/Text-Code/NL-code-search-Adv", docstrings=True,
-    obfuscate=0.5, batch=128)
 TASKS = {
-    "advtest": ADVTEST,
-    "nlcodesearch": ADVTEST,
+    "advtest": Task(
+        "retrieval", 512, 3, "mrr", ("docstring_tokens", "docstring"),
+        ("code_tokens", "function_tokens", "code", "function"),
+        line='{"docstring_tokens": [...], "code_tokens": [...], "url": "...", "idx": 0}',
+        published="https://github.com/microsoft/CodeXGLUE/tree/main/Text-Code/NL-code-search-Adv", docstrings=True,
+        obfuscate=0.5, batch=128),
     "sqa": Task(
         "retrieval", 1024, 3, "mrr", ("question",), ("answer",), all_candidates=True,
         files="corpus.jsonl, queries.jsonl and qrels/{train,test}.tsv (CoIR), or Questions.csv and Answers.csv "
@@ -1197,6 +1195,7 @@ TASKS = {
     "pair": Task("pair", 512, 3, "f1", labels=("0", "1"), line='{"code1": "...", "code2": "...", "label": 0}'),
     "mlm": Task("mlm", 256, 1, "loss", splits=SPLITS[:2], evaluations=10),
 }
+TASKS["nlcodesearch"] = TASKS["advtest"]
 UNK = "UNK"  # row 0 of a vocabulary of tags; a prediction of it is always wrong
 
 
@@ -1666,7 +1665,7 @@ def examples_to_predict(paths: Iterable[str], name: str, **reading) -> Iterator[
 
     `reading` are `skip_bad` and `longest` of `Records`.
     """
-    task = TASKS[name]
+    task, tags = TASKS[name], TASKS[name].kind == "tag"
     parse = partial(parse_example, task._replace(code=task.code + CODE_FIELDS, text=task.text + TEXT_FIELDS),
                     labelled=False)
     for path in map(str, paths):
@@ -1675,11 +1674,20 @@ def examples_to_predict(paths: Iterable[str], name: str, **reading) -> Iterator[
             yield from (example for _, example in records)
             if records.bad:
                 info(records.passed_over())
-        elif task.kind in ("pair", "retrieval") or task.kind == "tag" and language_of(path) not in ("python", None):
+            continue
+        if task.kind in ("pair", "retrieval") or tags and language_of(path) not in ("python", None):
             raise Problem(f"{path}: a model for {name} needs JSONL with lines like {TASKS[task.kind].line}"
-                          + ", or Python files" * (task.kind == "tag"))
-        else:
-            yield from file_examples(path, task.kind)
+                          + ", or Python files" * tags)
+        for source, _language, relative in read_sources([path], ["python"] if tags else ()):
+            texts, record = [source], {"path": os.path.join(path, relative) if os.path.isdir(path) else path}
+            if tags:
+                try:
+                    texts = record["tokens"] = typed_tokens(source)[0]
+                except UNPARSABLE as error:
+                    raise Problem(f"{record['path']}: not Python that parses "
+                                  f"({error or type(error).__name__})") from None
+            if texts:  # of Python that is comments alone there is no token
+                yield Example(texts, [UNK] * len(texts), record)
 
 
 # ---- source trees -----------------------------------------------------------------------------------
@@ -2060,19 +2068,6 @@ def texts_to_embed(paths: Iterable[str], skipped: dict[str, list[str]], **readin
                 yield row.pop("code"), row
 
 
-def file_examples(path: str, kind: str) -> Iterator[Example]:
-    """An example to predict for of each source file under `path` that holds code."""
-    for source, _language, relative in read_sources([path], ["python"] if kind == "tag" else ()):
-        texts, record = [source], {"path": os.path.join(path, relative) if os.path.isdir(path) else path}
-        if kind == "tag":
-            try:
-                texts = record["tokens"] = typed_tokens(source)[0]
-            except UNPARSABLE as error:
-                raise Problem(f"{record['path']}: not Python that parses ({error or type(error).__name__})") from None
-        if texts:  # of Python that is comments alone there is no token
-            yield Example(texts, [UNK] * len(texts), record)
-
-
 # ---- relations between tokens, for probes -----------------------------------------------------------
 
 RELATIONS = {"distance": 5, "siblings": 2, "data flow": 2}  # the number of labels of each
@@ -2363,21 +2358,20 @@ def obfuscate(code: str, method: bool = False) -> str | None:
     itself, own_name = own.name, next(fresh["func"]) if "func" in fixed else "func"
     new = {name: next(fresh[role]) for name, role in roles.items()}
     decorators = {id(node) for decorator in own.decorator_list for node in ast.walk(decorator)}
+
+    def new_name(node: ast.AST, name: str) -> str:
+        recursive = name == itself and name not in roles and (not method or id(node) in decorators)
+        return own_name if node is own or recursive else new.get(name, name)
+
     positions, edits = Positions(code), set()
     for node in nodes:
-        field_name = NAME_FIELD.get(type(node), "")
-        value = getattr(node, field_name, None) or []
-        for name in [value] if isinstance(value, str) else value:
-            recursive = name == itself and name not in roles and (not method or id(node) in decorators)
-            after = own_name if node is own or recursive else new.get(name)
-            if after is None:
-                continue
-            start = locate_name(node, name, code, positions)
-            if start < 0:
-                return None
-            edits.add((start, name, after))
-            setattr(node, field_name, after if isinstance(value, str) else
-                    [after if v == name else v for v in getattr(node, field_name)])
+        field_name = NAME_FIELD.get(type(node))
+        if value := field_name and getattr(node, field_name):
+            names = [value] if isinstance(value, str) else value
+            after = [new_name(node, name) for name in names]
+            edits |= {(locate_name(node, old, code, positions), old, name) for old, name in zip(names, after)
+                      if old != name}
+            setattr(node, field_name, after[0] if isinstance(value, str) else after)
     for start, name, after in sorted(edits, reverse=True):
         code = code[:start] + after + code[start + len(name):]
     with suppress(SyntaxError, ValueError):
@@ -2387,7 +2381,7 @@ def obfuscate(code: str, method: bool = False) -> str | None:
 
 
 def locate_name(node: ast.AST, name: str, code: str, positions: Positions) -> int:
-    """The index at which the code spells the name of a node, -1 if it is not found."""
+    """The index at which the code spells the name of a node, -1 if it is spelled otherwise (Python normalises it)."""
     begin, end = positions.span(node)
     if isinstance(node, (ast.Name, ast.alias, ast.MatchAs, ast.MatchStar, ast.MatchMapping)):
         return code.rfind(name, begin, end)  # name; import x as name; case x as name, *name, {**name}
