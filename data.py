@@ -340,9 +340,8 @@ def find_sources(paths: Iterable[str]) -> list[Source]:
                 raise parquet(file)
             if not matches:
                 raise Problem(f"{path}: no such file")
-            raise Problem(f"{path}: no file of JSON lines (.jsonl, .jsonlines, .json, compressed or in a .zip)"
-                          + (f"; `codessm corpus {path} -o corpus.jsonl` makes one of the source files"
-                             if is_source(path) else ", nor a source file"))
+            raise Problem(f"{path}: no file of JSON lines (.jsonl, .jsonlines, .json, compressed or in a .zip); "
+                          f"`codessm corpus {path} -o corpus.jsonl` makes one of source files")
         for name in found:
             names.setdefault(os.path.realpath(name), name)
     return [member for name in names.values() for member in members(open_source(name))]
@@ -375,7 +374,7 @@ def find_parquet(folder: str | os.PathLike) -> str | None:
 
 def visible(path: str) -> bool:
     """True unless a part of the path is hidden or is __MACOSX, where macOS archives keep the attributes of files."""
-    return not any(part.startswith(".") and part not in (".", "..") or part == "__MACOSX" for part in Path(path).parts)
+    return not any(part.startswith(".") or part == "__MACOSX" for part in Path(path).parts)
 
 
 def walk(root: str, skipped: Callable[[str, str], bool] = lambda folder, name: False) -> Iterator[str]:
@@ -823,8 +822,8 @@ class Tokenizer:
 def load_tokenizer(path: str) -> Tokenizer:
     """The tokenizer of a `tokenizer.json`, or of a folder with `vocab.json` and `merges.txt`; raises `Problem`."""
     whole, *parts = (os.path.join(path, name) for name in ("tokenizer.json", "vocab.json", "merges.txt"))
-    if not os.path.isdir(path) or os.path.isfile(whole):
-        path = whole if os.path.isdir(path) else path
+    path = whole if os.path.isfile(whole) else path
+    if not os.path.isdir(path):
         return Tokenizer(read_text(path), path)
     with library_errors(f"{path}: no tokenizer.json there, nor vocab.json and merges.txt of a byte-level BPE"):
         model = tokenizers.ByteLevelBPETokenizer.from_file(*parts)
@@ -1861,11 +1860,9 @@ class Positions:
             (node.lineno, node.col_offset), (node.end_lineno, node.end_col_offset)))
 
     def tokens(self) -> tuple[list[tokenize.TokenInfo], list[int]]:
-        """The tokens of Python source without comments and layout, and where each starts."""
-        layout = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
-                  tokenize.ENDMARKER}
+        """The tokens of Python source without comments and layout, which is white space, and where each starts."""
         tokens = [token for token in tokenize.generate_tokens(iter(self.rows).__next__)
-                  if token.type not in layout and token.string]
+                  if token.type != tokenize.COMMENT and token.string.strip()]
         return tokens, [self.starts[token.start[0] - 1] + token.start[1] for token in tokens]
 
 
@@ -1955,7 +1952,8 @@ def cut_units(source: str, language: str, path: str = "") -> list[Unit]:
     found = None
     if language == "python":
         with suppress(*UNPARSABLE):
-            found = list(python_definitions(source, rows))
+            found = [(first_line(node, rows) - 1, node.end_lineno, name)
+                     for node, name in definitions(parse_python(source))]
     if found is None:
         by_indent = language in BY_INDENTATION
         depths = [len(row) - len(row.lstrip()) if row.strip() else 0 for row in map(str.expandtabs, rows)] \
@@ -1963,6 +1961,8 @@ def cut_units(source: str, language: str, path: str = "") -> list[Unit]:
         found = block_definitions(rows, depths, by_indent, 0, len(rows))
     owners = [(0, "")] * len(rows)  # (number, name) of the innermost definition around each row
     for number, (begin, end, name) in enumerate(found, 1):  # inner ones come after outer ones
+        while begin and rows[begin - 1].lstrip().startswith("#"):  # the comment directly above
+            begin -= 1
         owners[begin:end] = [(number, name)] * (end - begin)
     runs: list[tuple[str, list[int]]] = []  # (name, rows) of each unit
     for (_, name), numbers in itertools.groupby(range(len(rows)), key=owners.__getitem__):
@@ -1989,15 +1989,6 @@ def read_units(path: str, skipped: dict[str, list[str]]) -> list[Unit]:
     except BadSource as reason:
         skipped.setdefault(str(reason), []).append(path)
         return []
-
-
-def python_definitions(source: str, rows: list[str]) -> Iterator[tuple[int, int, str]]:
-    """(begin, end, qualified name) of the classes and functions of Python, as rows; raises `UNPARSABLE`."""
-    for node, name in definitions(parse_python(source)):
-        begin = first_line(node, rows) - 1
-        while begin and rows[begin - 1].lstrip().startswith("#"):
-            begin -= 1
-        yield begin, node.end_lineno, name
 
 
 def brace_depths(source: str, count: int) -> list[int]:
