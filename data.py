@@ -136,10 +136,7 @@ def listed(names: Iterable[object], most: int = 3) -> str:
 
 @contextmanager
 def atomic(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """A binary file, `path`.tmp, that becomes `path` when the block ends. If that fails, `path` stays as it was.
-
-    Raises `Problem` if it cannot be written.
-    """
+    """A binary file that becomes `path` when the block ends; if anything fails, `path` stays as it was."""
     name, path = path, os.path.realpath(path)
     temporary = f"{path}.tmp"
     try:
@@ -459,6 +456,14 @@ class Records:
     def passed_over(self) -> str:
         """What is said of the bad lines."""
         return f"{counted(self.bad, 'bad line')} passed over; the last is {self.last_bad}"
+
+
+def read_records(path: str, parse: Callable[[bytes], object], **reading) -> Iterator[object]:
+    """The parsed lines of the files of `find_sources`, as `Records` reads them; prints how many were passed over."""
+    records = Records(find_sources([path]), parse, **reading)
+    yield from (parsed for _, parsed in records)
+    if records.bad:
+        info(records.passed_over())
 
 
 JSON_KIND = {list: "an array", dict: "an object", str: "a string", bool: "a truth value", type(None): "null"}
@@ -1660,19 +1665,13 @@ def read_dataset(name: str, paths: list[str], wanted: Iterable[str], required: I
 
 
 def examples_to_predict(paths: Iterable[str], name: str, **reading) -> Iterator[Example]:
-    """The examples of JSONL, with fields of any known name, and of source files and folders; raises `Problem`.
-
-    `reading` are `skip_bad` and `longest` of `Records`.
-    """
+    """The examples of JSONL, with fields of any known name, and of source files and folders; raises `Problem`."""
     task, tags = TASKS[name], TASKS[name].kind == "tag"
     parse = partial(parse_example, task._replace(code=task.code + CODE_FIELDS, text=task.text + TEXT_FIELDS),
                     labelled=False)
     for path in map(str, paths):
         if not is_source(path):
-            records = Records(find_sources([path]), parse, **reading)
-            yield from (example for _, example in records)
-            if records.bad:
-                info(records.passed_over())
+            yield from read_records(path, parse, **reading)
             continue
         if task.kind in ("pair", "retrieval") or tags and language_of(path) not in ("python", None):
             raise Problem(f"{path}: a model for {name} needs JSONL with lines like {TASKS[task.kind].line}"
@@ -1887,10 +1886,7 @@ def definitions(tree: ast.Module) -> Iterator[tuple[ast.AST, str]]:
 
 
 def python_functions(source: str) -> Iterator[dict]:
-    """Each function and method, decorators included, with its docstring apart and its indent taken off.
-
-    A body that was only a docstring becomes `pass`. Raises `UNPARSABLE`.
-    """
+    """Each function and method, decorators included, its docstring apart, its indent off; raises `UNPARSABLE`."""
     positions = Positions(source)
     for node, qualified in definitions(parse_python(source)):
         if isinstance(node, ast.ClassDef):
@@ -2043,7 +2039,7 @@ def block_definitions(rows: list[str], depths: list[int], by_indent: bool, begin
 def texts_to_embed(paths: Iterable[str], skipped: dict[str, list[str]], **reading) -> Iterator[tuple[str, dict]]:
     """(text, what it is) of each unit of source files or record of JSONL; raises `Problem`.
 
-    `skipped` gets the files that are left out, by the reason; `reading` are `skip_bad` and `longest` of `Records`.
+    `skipped` gets the files that are left out, by the reason.
     """
     def parse(line: bytes) -> tuple[str, dict]:
         record = parse_json(line)
@@ -2052,7 +2048,7 @@ def texts_to_embed(paths: Iterable[str], skipped: dict[str, list[str]], **readin
 
     for path in map(str, paths):
         if not is_source(path):
-            yield from (row for _, row in Records(find_sources([path]), parse, **reading))
+            yield from read_records(path, parse, **reading)
             continue
         for file, _ in source_files([path], git=True):
             for row in map(Unit._asdict, read_units(file, skipped)):
@@ -2273,8 +2269,7 @@ def probe_functions(paths: list[str], count: int, fits: Callable[[str], bool], s
                     ) -> dict[str, list[Relations]]:
     """{train, test} functions of the Python files below `paths`, with `count` and count / 4 pairs of each label.
 
-    Functions come with the pairs of `choose_pairs`; those that are long or do not pass `fits` are left out. A fifth of
-    the files, by a hash, is for the test. Raises `Problem` if the files hold too few pairs.
+    The test gets a fifth of the files. Functions that are long or do not pass `fits` are left out. Raises `Problem`.
     """
     rng, found = np.random.default_rng(seed), {"train": [], "test": []}
     missing = {split: Counter({(name, label): most for name, labels in RELATIONS.items() for label in range(labels)})
