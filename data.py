@@ -713,8 +713,7 @@ class Corpus(Dataset):
         text = field(record, self.text_fields, required=False)
         if text == code:  # the field `text` alone
             text = None
-        if code.startswith("<"):
-            code = STARCODER.sub("", code)
+        code = STARCODER.sub("", code)
         if not code.strip():
             raise BadLine("the code is empty")
         return *separate_docstring(text or "", code), zlib.crc32(line.strip())
@@ -1615,21 +1614,19 @@ class Benchmark(Dataset):
         if not self.windows:
             yield from super().sequences(tokenizer, ctx, wanted, whole=False)
             return
-        index, room, cache = {label: number for number, label in enumerate(self.labels)}, ctx - 2, {}
+        index = {label: number for number, label in enumerate(self.labels)}
         for number, (words, labels) in zip(map(int, wanted), self.select(wanted)):
-            if len(cache) > 200_000:
-                cache.clear()
-            new = list({word for word in words if word not in cache})
-            for word, ids in zip(new, tokenizer.encode_many([f" {word}" for word in new])):
-                cache[word] = ids[:room] or [tokenizer.mask]
+            distinct = dict.fromkeys(words)
+            ids_of = dict(zip(distinct, tokenizer.encode_many(f" {word}" for word in distinct)))
             windows = [([tokenizer.start], [])]  # (ids, tags)
             for word, label in zip(words, labels):
-                if len(windows[-1][0]) - 1 + len(cache[word]) > room:
+                new = ids_of[word][:ctx - 2] or [tokenizer.mask]
+                if len(windows[-1][0]) + len(new) >= ctx:
                     windows.append(([tokenizer.start], []))
                 ids, tags = windows[-1]
                 if label is not None:
                     tags.append((len(ids), index.get(label, 0)))
-                ids += cache[word]
+                ids += new
             yield from (Sequence(number, ids, tags=tags) for ids, tags in windows if tags)
 
 
@@ -2105,8 +2102,7 @@ class DataFlow(ast.NodeVisitor):
         self.uses: set[ast.Name] = set()
 
     def generic_visit(self, node: ast.AST) -> None:
-        first = [name for name in EVALUATED_FIRST if name in node._fields]
-        for name in dict.fromkeys([*first, *node._fields]):
+        for name in sorted(node._fields, key=lambda name: (*EVALUATED_FIRST, name).index(name)):
             value = getattr(node, name, None)
             if isinstance(value, str) and name in ("name", "rest"):
                 self.definitions.pop(value, None)  # defined anew, by what is no variable's token
