@@ -1697,7 +1697,7 @@ LANGUAGES = {f".{ending}": language for language, endings in {
 # folders of other people's code, and so are those of virtual environments
 VENDORED = {"__pycache__", "node_modules", "site-packages", "dist-packages", "vendor", "_vendor", "third_party",
             "bower_components", "Pods", "Carthage"}
-VENV_FILES = ("pyvenv.cfg", "bin/activate", "Scripts/activate")
+VENV_FILES = "pyvenv.cfg", "bin/activate", "Scripts/activate"
 LARGEST_SOURCE = 1 << 20  # characters; larger files are generated or minified
 FUNCTION = ast.FunctionDef, ast.AsyncFunctionDef
 # what Python's parser and tokenizer raise at source that is wrong or nested too deeply
@@ -1811,14 +1811,18 @@ def read_sources(paths: list[str], languages: Iterable[str] = (), mixed: bool = 
 
 
 def build_corpus(paths: list[str], out: BinaryIO) -> None:
-    """Write the code under `paths` as JSONL: a record a Python function, a record a file otherwise.
+    """Write the code under `paths` as JSONL: a record a function of Python that parses, a record a file otherwise.
 
     A record has `code`, `docstring` if there is one (it is then not in the code), `language`, `path` and, for a
     function, `name` and `line`. Exact duplicates are dropped. Prints what was left out.
     """
     codes: Counter[int] = Counter()  # by their digests
     for source, language, path in read_sources(paths):
-        for record in cut_source(source, language):
+        records = [{"code": source}]
+        if language == "python":
+            with suppress(*UNPARSABLE):
+                records = list(python_functions(source))
+        for record in records:
             codes[code := digest(record["code"])] += 1
             if codes[code] == 1:
                 line = json.dumps(record | {"language": language, "path": path}, ensure_ascii=False)
@@ -1826,14 +1830,6 @@ def build_corpus(paths: list[str], out: BinaryIO) -> None:
     info(f"{counted(len(codes), 'record')}; {counted(codes.total() - len(codes), 'exact duplicate')} dropped")
     if not codes:
         raise Problem(f"{', '.join(paths)}: the source files hold no code to take")
-
-
-def cut_source(source: str, language: str) -> list[dict]:
-    """The records of one file: its functions if it is Python that parses, else the whole of it."""
-    if language == "python":
-        with suppress(*UNPARSABLE):
-            return list(python_functions(source))
-    return [{"code": source}]
 
 
 def parse_python(source: str) -> ast.Module:

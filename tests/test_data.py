@@ -571,7 +571,7 @@ def test_draws_are_independent():
     ("match os:\n    case 1:\n        def g(): return 5\n", 3, None, "def g(): return 5"),
     ("@(\n    property\n)\ndef h(): return 6\n", 1, None, "@(\n    property\n)\ndef h(): return 6")])
 def test_python_functions(source, line, docstring, code):
-    record, = data.cut_source(source, "python")
+    record, = data.python_functions(source)
     assert (record["line"], record.get("docstring"), record["code"]) == (line, docstring, code)
 
 
