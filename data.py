@@ -370,7 +370,7 @@ def find_parquet(folder: str | os.PathLike) -> str | None:
 
 
 def visible(path: str) -> bool:
-    """True unless a part of the path is hidden or is __MACOSX, where macOS archives keep the attributes of files."""
+    """True unless a part of the path is hidden or is __MACOSX, where archives made by macOS keep file attributes."""
     return not any(part.startswith(".") or part == "__MACOSX" for part in Path(path).parts)
 
 
@@ -745,7 +745,7 @@ def library_errors(what: str) -> Iterator[None]:
     os.dup2(null, 2)
     try:
         yield
-    except (KeyboardInterrupt, Problem):
+    except KeyboardInterrupt:
         raise
     except BaseException as error:  # a panic is no Exception
         raise Problem(f"{what} ({error})") from None
@@ -2328,11 +2328,8 @@ def obfuscate(code: str, method: bool = False) -> str | None:
     clash = roles.keys() & fixed or own.name in fixed or calls_itself and own.name in roles
     if clash or any(getattr(node, "type_params", None) for node in nodes):
         return None
-
-    def fresh_names(role: str) -> Iterator[str]:
-        return (name for i in itertools.count() if (name := f"{role}{i}") not in fixed)
-
-    fresh = {role: fresh_names(role) for role in ("func", "arg", "var")}
+    fresh = {role: itertools.filterfalse(fixed.__contains__, map((role + "{}").format, itertools.count()))
+             for role in ("func", "arg", "var")}  # arg0, arg1, ... without the names of globals and attributes
     itself, own_name = own.name, next(fresh["func"]) if "func" in fixed else "func"
     new = {name: next(fresh[role]) for name, role in roles.items()}
     decorators = {id(node) for decorator in own.decorator_list for node in ast.walk(decorator)}
