@@ -575,9 +575,9 @@ def separate_docstring(text: str, code: str) -> tuple[str, str]:
 def cut_literal(code: str, begin: int, end: int) -> str:
     """Code without the docstring code[begin:end]. Its lines go too, unless a statement or a comment shares them.
 
-    A docstring that nothing follows is the whole body, and becomes `pass`.
+    A docstring that nothing follows but comments is the whole body, and becomes `pass`.
     """
-    if not code[end:].strip():
+    if not re.sub("#.*", "", code[end:]).strip():
         return f"{code[:begin]}pass{code[end:]}"
     first = code.rfind("\n", 0, begin) + 1
     last = re.compile(r"[ \t]*").match(code, end).end()
