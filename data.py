@@ -136,10 +136,7 @@ def listed(names: Iterable[object], most: int = 3) -> str:
 
 @contextmanager
 def atomic(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """A binary file, `path`.tmp, that becomes `path` when the block ends. If that fails, `path` stays as it was.
-
-    Raises `Problem` if it cannot be written.
-    """
+    """A binary file that becomes `path` when the block ends; if anything fails, `path` stays as it was."""
     name, path = path, os.path.realpath(path)
     temporary = f"{path}.tmp"
     try:
@@ -340,9 +337,8 @@ def find_sources(paths: Iterable[str]) -> list[Source]:
                 raise parquet(file)
             if not matches:
                 raise Problem(f"{path}: no such file")
-            raise Problem(f"{path}: no file of JSON lines (.jsonl, .jsonlines, .json, compressed or in a .zip)"
-                          + (f"; `codessm corpus {path} -o corpus.jsonl` makes one of the source files"
-                             if is_source(path) else ", nor a source file"))
+            raise Problem(f"{path}: no file of JSON lines (.jsonl, .jsonlines, .json, compressed or in a .zip); "
+                          f"`codessm corpus {path} -o corpus.jsonl` makes one of source files")
         for name in found:
             names.setdefault(os.path.realpath(name), name)
     return [member for name in names.values() for member in members(open_source(name))]
@@ -374,8 +370,8 @@ def find_parquet(folder: str | os.PathLike) -> str | None:
 
 
 def visible(path: str) -> bool:
-    """True unless a part of the path is hidden or is __MACOSX, where macOS archives keep the attributes of files."""
-    return not any(part.startswith(".") and part not in (".", "..") or part == "__MACOSX" for part in Path(path).parts)
+    """True unless a part of the path is hidden or is __MACOSX, where archives made by macOS keep file attributes."""
+    return not any(part.startswith(".") or part == "__MACOSX" for part in Path(path).parts)
 
 
 def walk(root: str, skipped: Callable[[str, str], bool] = lambda folder, name: False) -> Iterator[str]:
@@ -460,6 +456,14 @@ class Records:
     def passed_over(self) -> str:
         """What is said of the bad lines."""
         return f"{counted(self.bad, 'bad line')} passed over; the last is {self.last_bad}"
+
+
+def read_records(path: str, parse: Callable[[bytes], object], **reading) -> Iterator[object]:
+    """The parsed lines of the files of `find_sources`, as `Records` reads them; prints how many were passed over."""
+    records = Records(find_sources([path]), parse, **reading)
+    yield from (parsed for _, parsed in records)
+    if records.bad:
+        info(records.passed_over())
 
 
 JSON_KIND = {list: "an array", dict: "an object", str: "a string", bool: "a truth value", type(None): "null"}
@@ -571,9 +575,9 @@ def separate_docstring(text: str, code: str) -> tuple[str, str]:
 def cut_literal(code: str, begin: int, end: int) -> str:
     """Code without the docstring code[begin:end]. Its lines go too, unless a statement or a comment shares them.
 
-    A docstring that nothing follows is the whole body, and becomes `pass`.
+    A docstring that nothing follows but comments is the whole body, and becomes `pass`.
     """
-    if not code[end:].strip():
+    if not re.sub("#.*", "", code[end:]).strip():
         return f"{code[:begin]}pass{code[end:]}"
     first = code.rfind("\n", 0, begin) + 1
     last = re.compile(r"[ \t]*").match(code, end).end()
@@ -627,13 +631,6 @@ class Dataset:
     def strings(self, text: object) -> tuple[str, str]:
         """(text, code) of one of the `texts`, the text being "" where there is none."""
         return "", text
-
-    def training_strings(self, most: int) -> Iterator[str]:
-        """At most about `most` bytes of the training split's strings, chosen by a hash: the same in every run."""
-        share = min(1.0, most / max(1, self.bytes))
-        for strings in map(self.strings, self.select(self.splits["train"].items())):
-            if share == 1 or zlib.crc32("\0".join(strings).encode()) < share * 2 ** 32:
-                yield from strings
 
     def select(self, wanted: np.ndarray) -> Iterator[object]:
         """The texts of the wanted items, which are sorted."""
@@ -716,8 +713,7 @@ class Corpus(Dataset):
         text = field(record, self.text_fields, required=False)
         if text == code:  # the field `text` alone
             text = None
-        if code.startswith("<"):
-            code = STARCODER.sub("", code)
+        code = STARCODER.sub("", code)
         if not code.strip():
             raise BadLine("the code is empty")
         return *separate_docstring(text or "", code), zlib.crc32(line.strip())
@@ -749,7 +745,7 @@ def library_errors(what: str) -> Iterator[None]:
     os.dup2(null, 2)
     try:
         yield
-    except (KeyboardInterrupt, Problem):
+    except KeyboardInterrupt:
         raise
     except BaseException as error:  # a panic is no Exception
         raise Problem(f"{what} ({error})") from None
@@ -830,8 +826,8 @@ class Tokenizer:
 def load_tokenizer(path: str) -> Tokenizer:
     """The tokenizer of a `tokenizer.json`, or of a folder with `vocab.json` and `merges.txt`; raises `Problem`."""
     whole, *parts = (os.path.join(path, name) for name in ("tokenizer.json", "vocab.json", "merges.txt"))
-    if not os.path.isdir(path) or os.path.isfile(whole):
-        path = whole if os.path.isdir(path) else path
+    path = whole if os.path.isfile(whole) else path
+    if not os.path.isdir(path):
         return Tokenizer(read_text(path), path)
     with library_errors(f"{path}: no tokenizer.json there, nor vocab.json and merges.txt of a byte-level BPE"):
         model = tokenizers.ByteLevelBPETokenizer.from_file(*parts)
@@ -841,15 +837,21 @@ def load_tokenizer(path: str) -> Tokenizer:
 
 
 def train_tokenizer(dataset: Dataset, vocab: int, most: int = 200_000_000) -> Tokenizer:
-    """A byte-level BPE of `vocab` entries, trained on at most about `most` bytes of a data set's training split."""
+    """A byte-level BPE of `vocab` entries, trained on a data set's training split.
+
+    Of more than `most` bytes a hash chooses about so many, the same in every run.
+    """
     least = 256 + len(SPECIALS)
     if vocab < least:
         raise Problem(f"--vocab {vocab} is too small: a byte-level vocabulary has at least {least} entries")
     model = tokenizers.ByteLevelBPETokenizer()
     byte_level = model.pre_tokenizer
     model.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([LONGEST_WORD, byte_level])  # as `Tokenizer` has it
-    stopped = threading.Event()
-    strings = itertools.takewhile(lambda _: not stopped.is_set(), dataset.training_strings(most))
+    stopped, share = threading.Event(), most / max(1, dataset.bytes)
+    pairs = map(dataset.strings, dataset.select(dataset.splits["train"].items()))
+    strings = itertools.chain.from_iterable(
+        pair for pair in itertools.takewhile(lambda _: not stopped.is_set(), pairs)
+        if zlib.crc32("\0".join(pair).encode()) < share * 2 ** 32)
     with ThreadPoolExecutor(1) as thread:  # in the main thread signals would wait for the library
         training = thread.submit(model.train_from_iterator, strings, vocab, 0, sys.stderr.isatty(),
                                  [spellings[0] for spellings in SPECIALS.values()])
@@ -1153,15 +1155,13 @@ class Task(NamedTuple):
     batch: int = 32                # examples a step
 
 
-ADVTEST = Task(
-    "retrieval", 512, 3, "mrr", ("docstring_tokens", "docstring"),
-    ("code_tokens", "function_tokens", "code", "function"),
-    line='{"docstring_tokens": [...], "code_tokens": [...], "url": "...", "idx": 0}',
-    published="https://github.com/microsoft/CodeXGLUE/tree/main/Text-Code/NL-code-search-Adv", docstrings=True,
-    obfuscate=0.5, batch=128)
 TASKS = {
-    "advtest": ADVTEST,
-    "nlcodesearch": ADVTEST,
+    "advtest": Task(
+        "retrieval", 512, 3, "mrr", ("docstring_tokens", "docstring"),
+        ("code_tokens", "function_tokens", "code", "function"),
+        line='{"docstring_tokens": [...], "code_tokens": [...], "url": "...", "idx": 0}',
+        published="https://github.com/microsoft/CodeXGLUE/tree/main/Text-Code/NL-code-search-Adv", docstrings=True,
+        obfuscate=0.5, batch=128),
     "sqa": Task(
         "retrieval", 1024, 3, "mrr", ("question",), ("answer",), all_candidates=True,
         files="corpus.jsonl, queries.jsonl and qrels/{train,test}.tsv (CoIR), or Questions.csv and Answers.csv "
@@ -1198,6 +1198,7 @@ TASKS = {
     "pair": Task("pair", 512, 3, "f1", labels=("0", "1"), line='{"code1": "...", "code2": "...", "label": 0}'),
     "mlm": Task("mlm", 256, 1, "loss", splits=SPLITS[:2], evaluations=10),
 }
+TASKS["nlcodesearch"] = TASKS["advtest"]
 UNK = "UNK"  # row 0 of a vocabulary of tags; a prediction of it is always wrong
 
 
@@ -1613,21 +1614,19 @@ class Benchmark(Dataset):
         if not self.windows:
             yield from super().sequences(tokenizer, ctx, wanted, whole=False)
             return
-        index, room, cache = {label: number for number, label in enumerate(self.labels)}, ctx - 2, {}
+        index = {label: number for number, label in enumerate(self.labels)}
         for number, (words, labels) in zip(map(int, wanted), self.select(wanted)):
-            if len(cache) > 200_000:
-                cache.clear()
-            new = list({word for word in words if word not in cache})
-            for word, ids in zip(new, tokenizer.encode_many([f" {word}" for word in new])):
-                cache[word] = ids[:room] or [tokenizer.mask]
+            distinct = dict.fromkeys(words)
+            ids_of = dict(zip(distinct, tokenizer.encode_many(f" {word}" for word in distinct)))
             windows = [([tokenizer.start], [])]  # (ids, tags)
             for word, label in zip(words, labels):
-                if len(windows[-1][0]) - 1 + len(cache[word]) > room:
+                new = ids_of[word][:ctx - 2] or [tokenizer.mask]
+                if len(windows[-1][0]) + len(new) >= ctx:
                     windows.append(([tokenizer.start], []))
                 ids, tags = windows[-1]
                 if label is not None:
                     tags.append((len(ids), index.get(label, 0)))
-                ids += cache[word]
+                ids += new
             yield from (Sequence(number, ids, tags=tags) for ids, tags in windows if tags)
 
 
@@ -1663,24 +1662,27 @@ def read_dataset(name: str, paths: list[str], wanted: Iterable[str], required: I
 
 
 def examples_to_predict(paths: Iterable[str], name: str, **reading) -> Iterator[Example]:
-    """The examples of JSONL, with fields of any known name, and of source files and folders; raises `Problem`.
-
-    `reading` are `skip_bad` and `longest` of `Records`.
-    """
-    task = TASKS[name]
+    """The examples of JSONL, with fields of any known name, and of source files and folders; raises `Problem`."""
+    task, tags = TASKS[name], TASKS[name].kind == "tag"
     parse = partial(parse_example, task._replace(code=task.code + CODE_FIELDS, text=task.text + TEXT_FIELDS),
                     labelled=False)
     for path in map(str, paths):
         if not is_source(path):
-            records = Records(find_sources([path]), parse, **reading)
-            yield from (example for _, example in records)
-            if records.bad:
-                info(records.passed_over())
-        elif task.kind in ("pair", "retrieval") or task.kind == "tag" and language_of(path) not in ("python", None):
+            yield from read_records(path, parse, **reading)
+            continue
+        if task.kind in ("pair", "retrieval") or tags and language_of(path) not in ("python", None):
             raise Problem(f"{path}: a model for {name} needs JSONL with lines like {TASKS[task.kind].line}"
-                          + ", or Python files" * (task.kind == "tag"))
-        else:
-            yield from file_examples(path, task.kind)
+                          + ", or Python files" * tags)
+        for source, _language, relative in read_sources([path], ["python"] if tags else ()):
+            texts, record = [source], {"path": os.path.join(path, relative) if os.path.isdir(path) else path}
+            if tags:
+                try:
+                    texts = record["tokens"] = typed_tokens(source)[0]
+                except UNPARSABLE as error:
+                    raise Problem(f"{record['path']}: not Python that parses "
+                                  f"({error or type(error).__name__})") from None
+            if texts:  # of Python that is comments alone there is no token
+                yield Example(texts, [UNK] * len(texts), record)
 
 
 # ---- source trees -----------------------------------------------------------------------------------
@@ -1695,7 +1697,7 @@ LANGUAGES = {f".{ending}": language for language, endings in {
 # folders of other people's code, and so are those of virtual environments
 VENDORED = {"__pycache__", "node_modules", "site-packages", "dist-packages", "vendor", "_vendor", "third_party",
             "bower_components", "Pods", "Carthage"}
-VENV_FILES = ("pyvenv.cfg", "bin/activate", "Scripts/activate")
+VENV_FILES = "pyvenv.cfg", "bin/activate", "Scripts/activate"
 LARGEST_SOURCE = 1 << 20  # characters; larger files are generated or minified
 FUNCTION = ast.FunctionDef, ast.AsyncFunctionDef
 # what Python's parser and tokenizer raise at source that is wrong or nested too deeply
@@ -1809,14 +1811,18 @@ def read_sources(paths: list[str], languages: Iterable[str] = (), mixed: bool = 
 
 
 def build_corpus(paths: list[str], out: BinaryIO) -> None:
-    """Write the code under `paths` as JSONL: a record a Python function, a record a file otherwise.
+    """Write the code under `paths` as JSONL: a record a function of Python that parses, a record a file otherwise.
 
     A record has `code`, `docstring` if there is one (it is then not in the code), `language`, `path` and, for a
     function, `name` and `line`. Exact duplicates are dropped. Prints what was left out.
     """
     codes: Counter[int] = Counter()  # by their digests
     for source, language, path in read_sources(paths):
-        for record in cut_source(source, language):
+        records = [{"code": source}]
+        if language == "python":
+            with suppress(*UNPARSABLE):
+                records = list(python_functions(source))
+        for record in records:
             codes[code := digest(record["code"])] += 1
             if codes[code] == 1:
                 line = json.dumps(record | {"language": language, "path": path}, ensure_ascii=False)
@@ -1824,14 +1830,6 @@ def build_corpus(paths: list[str], out: BinaryIO) -> None:
     info(f"{counted(len(codes), 'record')}; {counted(codes.total() - len(codes), 'exact duplicate')} dropped")
     if not codes:
         raise Problem(f"{', '.join(paths)}: the source files hold no code to take")
-
-
-def cut_source(source: str, language: str) -> list[dict]:
-    """The records of one file: its functions if it is Python that parses, else the whole of it."""
-    if language == "python":
-        with suppress(*UNPARSABLE):
-            return list(python_functions(source))
-    return [{"code": source}]
 
 
 def parse_python(source: str) -> ast.Module:
@@ -1854,11 +1852,9 @@ class Positions:
             (node.lineno, node.col_offset), (node.end_lineno, node.end_col_offset)))
 
     def tokens(self) -> tuple[list[tokenize.TokenInfo], list[int]]:
-        """The tokens of Python source without comments and layout, and where each starts."""
-        layout = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
-                  tokenize.ENDMARKER}
+        """The tokens of Python source without comments and layout, which is white space, and where each starts."""
         tokens = [token for token in tokenize.generate_tokens(iter(self.rows).__next__)
-                  if token.type not in layout and token.string]
+                  if token.type != tokenize.COMMENT and token.string.strip()]
         return tokens, [self.starts[token.start[0] - 1] + token.start[1] for token in tokens]
 
 
@@ -1883,10 +1879,7 @@ def definitions(tree: ast.Module) -> Iterator[tuple[ast.AST, str]]:
 
 
 def python_functions(source: str) -> Iterator[dict]:
-    """Each function and method, decorators included, with its docstring apart and its indent taken off.
-
-    A body that was only a docstring becomes `pass`. Raises `UNPARSABLE`.
-    """
+    """Each function and method, decorators included, its docstring apart, its indent off; raises `UNPARSABLE`."""
     positions = Positions(source)
     for node, qualified in definitions(parse_python(source)):
         if isinstance(node, ast.ClassDef):
@@ -1948,12 +1941,17 @@ def cut_units(source: str, language: str, path: str = "") -> list[Unit]:
     found = None
     if language == "python":
         with suppress(*UNPARSABLE):
-            found = list(python_definitions(source, rows))
+            found = [(first_line(node, rows) - 1, node.end_lineno, name)
+                     for node, name in definitions(parse_python(source))]
     if found is None:
-        depths = indents(rows) if language in BY_INDENTATION else brace_depths(source, len(rows))
-        found = block_definitions(rows, depths, language in BY_INDENTATION, 0, len(rows))
+        by_indent = language in BY_INDENTATION
+        depths = [len(row) - len(row.lstrip()) if row.strip() else 0 for row in map(str.expandtabs, rows)] \
+            if by_indent else brace_depths(source, len(rows))
+        found = block_definitions(rows, depths, by_indent, 0, len(rows))
     owners = [(0, "")] * len(rows)  # (number, name) of the innermost definition around each row
     for number, (begin, end, name) in enumerate(found, 1):  # inner ones come after outer ones
+        while begin and rows[begin - 1].lstrip().startswith("#"):  # the comment directly above
+            begin -= 1
         owners[begin:end] = [(number, name)] * (end - begin)
     runs: list[tuple[str, list[int]]] = []  # (name, rows) of each unit
     for (_, name), numbers in itertools.groupby(range(len(rows)), key=owners.__getitem__):
@@ -1980,24 +1978,6 @@ def read_units(path: str, skipped: dict[str, list[str]]) -> list[Unit]:
     except BadSource as reason:
         skipped.setdefault(str(reason), []).append(path)
         return []
-
-
-def python_definitions(source: str, rows: list[str]) -> Iterator[tuple[int, int, str]]:
-    """(begin, end, qualified name) of the classes and functions of Python, as rows; raises `UNPARSABLE`."""
-    for node, name in definitions(parse_python(source)):
-        begin = first_line(node, rows) - 1
-        while begin and rows[begin - 1].lstrip().startswith("#"):
-            begin -= 1
-        yield begin, node.end_lineno, name
-
-
-def indents(rows: list[str]) -> list[int]:
-    """The indent of each row; of a blank one that of the row above."""
-    depths = []
-    for row in rows:
-        row = row.expandtabs()
-        depths.append(len(row) - len(row.lstrip()) if row.strip() else depths[-1] if depths else 0)
-    return depths
 
 
 def brace_depths(source: str, count: int) -> list[int]:
@@ -2052,7 +2032,7 @@ def block_definitions(rows: list[str], depths: list[int], by_indent: bool, begin
 def texts_to_embed(paths: Iterable[str], skipped: dict[str, list[str]], **reading) -> Iterator[tuple[str, dict]]:
     """(text, what it is) of each unit of source files or record of JSONL; raises `Problem`.
 
-    `skipped` gets the files that are left out, by the reason; `reading` are `skip_bad` and `longest` of `Records`.
+    `skipped` gets the files that are left out, by the reason.
     """
     def parse(line: bytes) -> tuple[str, dict]:
         record = parse_json(line)
@@ -2061,24 +2041,11 @@ def texts_to_embed(paths: Iterable[str], skipped: dict[str, list[str]], **readin
 
     for path in map(str, paths):
         if not is_source(path):
-            yield from (row for _, row in Records(find_sources([path]), parse, **reading))
+            yield from read_records(path, parse, **reading)
             continue
         for file, _ in source_files([path], git=True):
             for row in map(Unit._asdict, read_units(file, skipped)):
                 yield row.pop("code"), row
-
-
-def file_examples(path: str, kind: str) -> Iterator[Example]:
-    """An example to predict for of each source file under `path` that holds code."""
-    for source, _language, relative in read_sources([path], ["python"] if kind == "tag" else ()):
-        texts, record = [source], {"path": os.path.join(path, relative) if os.path.isdir(path) else path}
-        if kind == "tag":
-            try:
-                texts = record["tokens"] = typed_tokens(source)[0]
-            except UNPARSABLE as error:
-                raise Problem(f"{record['path']}: not Python that parses ({error or type(error).__name__})") from None
-        if texts:  # of Python that is comments alone there is no token
-            yield Example(texts, [UNK] * len(texts), record)
 
 
 # ---- relations between tokens, for probes -----------------------------------------------------------
@@ -2131,8 +2098,7 @@ class DataFlow(ast.NodeVisitor):
         self.uses: set[ast.Name] = set()
 
     def generic_visit(self, node: ast.AST) -> None:
-        first = [name for name in EVALUATED_FIRST if name in node._fields]
-        for name in dict.fromkeys([*first, *node._fields]):
+        for name in sorted(node._fields, key=lambda name: (*EVALUATED_FIRST, name).index(name)):
             value = getattr(node, name, None)
             if isinstance(value, str) and name in ("name", "rest"):
                 self.definitions.pop(value, None)  # defined anew, by what is no variable's token
@@ -2295,8 +2261,7 @@ def probe_functions(paths: list[str], count: int, fits: Callable[[str], bool], s
                     ) -> dict[str, list[Relations]]:
     """{train, test} functions of the Python files below `paths`, with `count` and count / 4 pairs of each label.
 
-    Functions come with the pairs of `choose_pairs`; those that are long or do not pass `fits` are left out. A fifth of
-    the files, by a hash, is for the test. Raises `Problem` if the files hold too few pairs.
+    The test gets a fifth of the files. Functions that are long or do not pass `fits` are left out. Raises `Problem`.
     """
     rng, found = np.random.default_rng(seed), {"train": [], "test": []}
     missing = {split: Counter({(name, label): most for name, labels in RELATIONS.items() for label in range(labels)})
@@ -2363,29 +2328,25 @@ def obfuscate(code: str, method: bool = False) -> str | None:
     clash = roles.keys() & fixed or own.name in fixed or calls_itself and own.name in roles
     if clash or any(getattr(node, "type_params", None) for node in nodes):
         return None
-
-    def fresh_names(role: str) -> Iterator[str]:
-        return (name for i in itertools.count() if (name := f"{role}{i}") not in fixed)
-
-    fresh = {role: fresh_names(role) for role in ("func", "arg", "var")}
+    fresh = {role: itertools.filterfalse(fixed.__contains__, map((role + "{}").format, itertools.count()))
+             for role in ("func", "arg", "var")}  # arg0, arg1, ... without the names of globals and attributes
     itself, own_name = own.name, next(fresh["func"]) if "func" in fixed else "func"
     new = {name: next(fresh[role]) for name, role in roles.items()}
     decorators = {id(node) for decorator in own.decorator_list for node in ast.walk(decorator)}
+
+    def new_name(node: ast.AST, name: str) -> str:
+        recursive = name == itself and name not in roles and (not method or id(node) in decorators)
+        return own_name if node is own or recursive else new.get(name, name)
+
     positions, edits = Positions(code), set()
     for node in nodes:
-        field_name = NAME_FIELD.get(type(node), "")
-        value = getattr(node, field_name, None) or []
-        for name in [value] if isinstance(value, str) else value:
-            recursive = name == itself and name not in roles and (not method or id(node) in decorators)
-            after = own_name if node is own or recursive else new.get(name)
-            if after is None:
-                continue
-            start = locate_name(node, name, code, positions)
-            if start < 0:
-                return None
-            edits.add((start, name, after))
-            setattr(node, field_name, after if isinstance(value, str) else
-                    [after if v == name else v for v in getattr(node, field_name)])
+        field_name = NAME_FIELD.get(type(node))
+        if value := field_name and getattr(node, field_name):
+            names = [value] if isinstance(value, str) else value
+            after = [new_name(node, name) for name in names]
+            edits |= {(locate_name(node, old, code, positions), old, name) for old, name in zip(names, after)
+                      if old != name}
+            setattr(node, field_name, after[0] if isinstance(value, str) else after)
     for start, name, after in sorted(edits, reverse=True):
         code = code[:start] + after + code[start + len(name):]
     with suppress(SyntaxError, ValueError):
@@ -2395,7 +2356,7 @@ def obfuscate(code: str, method: bool = False) -> str | None:
 
 
 def locate_name(node: ast.AST, name: str, code: str, positions: Positions) -> int:
-    """The index at which the code spells the name of a node, -1 if it is not found."""
+    """The index at which the code spells the name of a node, -1 if it is spelled otherwise (Python normalises it)."""
     begin, end = positions.span(node)
     if isinstance(node, (ast.Name, ast.alias, ast.MatchAs, ast.MatchStar, ast.MatchMapping)):
         return code.rfind(name, begin, end)  # name; import x as name; case x as name, *name, {**name}

@@ -74,6 +74,7 @@ DEF, RETURN = "def f():\n    ", "    return 1\n"
     ("Add one.", DEF + '"""Add one."""\n' + RETURN, ("Add one.", "def f():\n" + RETURN)),
     ("Add\n    one.", DEF + "'''\n    Add\n    one.\n    '''\n" + RETURN, ("Add\n    one.", "def f():\n" + RETURN)),
     ("Add.", DEF + 'r"""Add."""', ("Add.", "def f():\n    pass")),
+    ("Add.", DEF + '"""Add."""  # noqa\n    # Nothing.\n', ("Add.", DEF + "pass  # noqa\n    # Nothing.\n")),
     ("Add.", DEF + '"""Add. \\""" and "more"."""\n' + RETURN, ("Add.", "def f():\n" + RETURN)),
     *((text, DEF + '"""Add \\n one."""\n' + RETURN, (text, "def f():\n" + RETURN))
       for text in ("Add \n one.", "Add \\n one.")),  # its value, and as it is spelt
@@ -91,7 +92,7 @@ DEF, RETURN = "def f():\n    ", "    return 1\n"
         ("text", " " * 1_000_000 + "text" + " " * 1_000_000), ("text", DEF + " " * 100_000 + "text"),
         ("text", ':\n"""a""" x\n' * 50_000 + "text"), ("text", ":#" * 100_000 + "text"),
         ("text", ':\n"""' + "'''\"" * 100_000 + "text")))],
-    ids=map(str, range(23)))
+    ids=map(str, range(24)))
 def test_a_text_that_the_code_repeats_appears_once(parse, text, code, expected):
     """In linear time."""
     start = time.perf_counter()
@@ -571,7 +572,7 @@ def test_draws_are_independent():
     ("match os:\n    case 1:\n        def g(): return 5\n", 3, None, "def g(): return 5"),
     ("@(\n    property\n)\ndef h(): return 6\n", 1, None, "@(\n    property\n)\ndef h(): return 6")])
 def test_python_functions(source, line, docstring, code):
-    record, = data.cut_source(source, "python")
+    record, = data.python_functions(source)
     assert (record["line"], record.get("docstring"), record["code"]) == (line, docstring, code)
 
 

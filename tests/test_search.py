@@ -467,6 +467,9 @@ def test_embed(tree, model, monkeypatch):
     says(0, [], *command, "--restart", "--float16", "--max-tokens", 16)
     half = np.load("../v.npy")
     assert half.dtype == np.float16 and np.allclose(half, model.encode(texts, ctx=16), atol=1e-3)
+    write_lines("../bad.jsonl", [{"code": "def f(): return 1"}, "no JSON"])
+    says(0, ["1 bad line passed over; the last is ../bad.jsonl:2: not JSON", "v.npy: 1 rows"], "embed", "../bad.jsonl",
+         "--skip-bad", *command[3:], "--restart")
     for paths, output, message in ((["-"], "../w.npy", "only once"), ([], "../v", "ends in .npy"),
                                    (["../r.jsonl"], "../r.npy", "r.jsonl would be read and written")):
         says(2, message, "embed", *paths, "--ckpt", "../m.pt", "-o", output)
