@@ -1131,7 +1131,7 @@ def describe(trainer: tasks.Trainer, parameters: int, dataset: data.Dataset, cop
     facts = {
         "task": settings.task + f" ({objective.kind})" * (objective.kind != settings.task)
                 + f", from {settings.ckpt or settings.init or 'scratch'}",
-        "data": dataset.description() + f"; {data.counted(dataset.bad, 'bad line')} passed over" * (dataset.bad > 0),
+        "data": dataset.description(),
         "init": copied,
         "labels": labels and f"{len(labels):,}: {data.listed(labels, 8)}",
         "tokenizer": f"{objective.tokenizer.vocab:,} entries",

@@ -136,7 +136,7 @@ def listed(names: Iterable[object], most: int = 3) -> str:
 
 @contextmanager
 def atomic(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """A binary file that becomes `path` when the block ends; if anything fails, `path` stays as it was."""
+    """A binary file that becomes `path` when the block ends; if anything fails, `path` stays. Raises `Problem`."""
     name, path = path, os.path.realpath(path)
     temporary = f"{path}.tmp"
     try:
@@ -632,6 +632,9 @@ class Dataset:
         """(text, code) of one of the `texts`, the text being "" where there is none."""
         return "", text
 
+    def passed_over(self) -> str:
+        return f"; {counted(self.bad, 'bad line')} passed over" * (self.bad > 0)
+
     def select(self, wanted: np.ndarray) -> Iterator[object]:
         """The texts of the wanted items, which are sorted."""
         return itertools.compress(self.texts(), np.isin(np.arange(wanted.max(initial=-1) + 1), wanted))
@@ -728,7 +731,7 @@ class Corpus(Dataset):
     def description(self) -> str:
         parts = [f"{len(split.examples):,} for {name}" for name, split in self.splits.items()]
         return (f"{listed(source.name for source in self.sources)}: {counted(self.count, 'record')}, "
-                f"{human_bytes(self.bytes)}; " + ", ".join(parts))
+                f"{human_bytes(self.bytes)}; " + ", ".join(parts) + self.passed_over())
 
 
 # ---- the tokenizer ----------------------------------------------------------------------------------
@@ -1424,7 +1427,7 @@ class Benchmark(Dataset):
         parts = [f"{len(split.examples):,} {name}" for name, split in self.splits.items()]
         parts += [f"{len(split.candidates):,} candidates for {name}" for name, split in self.splits.items()
                   if split.candidates is not None and name != "train"]
-        return "; ".join([", ".join(parts), *self.notes])
+        return "; ".join([", ".join(parts), *self.notes]) + self.passed_over()
 
     def number_items(self, digests: array.array) -> None:
         """Find the item of each text by the texts' digests."""

@@ -352,11 +352,16 @@ def test_a_share_of_the_training_functions_is_obfuscated_anew_each_epoch(tmp_pat
         assert 0.4 < np.mean([half[text] != plain[text] for text in half if plain[text].startswith("def")]) < 0.6
 
 
-def test_predict_leaves_bad_lines_out_where_it_is_asked_to(toys, tmp_path):
+def test_predict_and_evaluate_count_the_bad_lines_that_they_leave_out(toys, tmp_path):
     path = write_lines(tmp_path / "in.jsonl", [{"code": "x = 1", "n": 1}, {"code": " "}, "{", {"code": "y", "n": 2}])
     command = "predict", "--ckpt", toys / "classify.pt", path
     says(2, "in.jsonl:2: the text or code is empty", *command)
     says(0, "2 bad lines passed over; the last is", *command, "--skip-bad")
+    folder = tmp_path / "benchmark"
+    folder.mkdir()
+    (folder / "test.jsonl").write_text('{"code": "x", "label": "%s"}\n{\n' % codessm.load(toys / "classify.pt").labels[0])
+    says(0, "1 bad line passed over", "evaluate", "classify", "--ckpt", toys / "classify.pt", "--data", folder,
+         "--skip-bad")
     assert [row["n"] for row in printed(*command, "--skip-bad")] == [1, 2]
 
 
