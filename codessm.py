@@ -33,7 +33,7 @@ import zlib
 from collections import Counter
 from contextlib import closing
 from pathlib import Path
-from typing import Callable, Iterable, Iterator, NamedTuple, Sequence
+from typing import Callable, Iterable, NamedTuple, Sequence
 
 # a file of the same name in the user's folder would shadow one of our flat modules
 for name in ("data", "tasks"):
@@ -1464,41 +1464,38 @@ def format_row(row: dict) -> str:
                    f"{row['share']:6.2f} {ratio:>6} {row['first_seconds']:7.1f} s")
 
 
-BLOCKS = "▁▂▃▄▅▆▇█"
 PLAIN_ROWS = 8  # kernels per direction that are shown one by one
 
 
-def draw(values: Sequence[float], width: int = 24) -> str:
-    """Values of 0 or more as a row of blocks, whose height is the largest value of each stretch."""
-    parts = [max(part) for part in np.array_split(np.asarray(values, float), min(width, len(values)))]
-    return "".join(BLOCKS[round(7 * part / (max(parts) or 1))] for part in parts)
+def draw(values: np.ndarray) -> str:
+    """Values of 0 or more as 24 blocks, each as high as the largest of its stretch."""
+    parts = [part.max() for part in np.array_split(values, 24)]
+    return "".join("▁▂▃▄▅▆▇█"[round(7 * part / (max(parts) or 1))] for part in parts)
 
 
 def tally(counts: dict[str, int]) -> str:
     return ", ".join(name + f" x {count}" * (count > 1) for name, count in counts.items())
 
 
-def describe_filters(filters: dict[tuple[int, str], tasks.Filters]) -> Iterator[str]:
-    """A table with a row for each kernel, or for the mean of all of a direction if they are over `PLAIN_ROWS`."""
-    yield ("layer  direction kernel   peak centroid     width     low middle   high  memory  "
-           f"{'magnitude, 0 to 1':24}  class")
+def show_filters(filters: dict[tuple[int, str], tasks.Filters], show: Callable[[str], None]) -> list[dict]:
+    """Show a row for each kernel, or of over `PLAIN_ROWS` per direction their mean; returns each kernel for JSON."""
+    kernels = []
+    show("layer  direction kernel   peak centroid     width     low middle   high  memory  "
+         f"{'magnitude, 0 to 1':24}  class")
     for (number, direction), found in filters.items():
+        k = len(found.classes)
         table = np.column_stack([found.peak, found.centroid, found.bandwidth, found.energy, found.memory])
-        names = [str(i + 1) for i in range(len(table))] if len(table) <= PLAIN_ROWS else ["all"]
-        for name, kernels in zip(names, np.array_split(np.arange(len(table)), len(names))):
-            peak, centroid, width, low, middle, high, memory = table[kernels].mean(0)
-            yield (f"{number:5}  {direction:9} {name:>6}  {peak:5.2f} {centroid:8.3f} {width:9.3f}  "
-                   f"{low:6.2f} {middle:6.2f} {high:6.2f} {memory:7.0f}  {draw(found.magnitude[kernels].mean(0))}  "
-                   + tally(Counter(found.classes[i] for i in kernels)))
-
-
-def rows_of_filters(filters: dict[tuple[int, str], tasks.Filters]) -> list[dict]:
-    """A dict for each kernel, for JSON."""
-    return [dict(layer=number, direction=direction, kernel=i + 1, filter=found.classes[i],
-                 energy=dict(zip(tasks.THIRDS, found.energy[i].tolist())),
-                 **{name: getattr(found, name)[i].tolist() for name in (
-                    "peak", "centroid", "bandwidth", "memory", "impulse")})
-            for (number, direction), found in filters.items() for i in range(len(found.classes))]
+        for row in np.array_split(np.arange(k), k if k <= PLAIN_ROWS else 1):
+            name = row[0] + 1 if k <= PLAIN_ROWS else "all"
+            peak, centroid, width, low, middle, high, memory = table[row].mean(0)
+            show(f"{number:5}  {direction:9} {name:>6}  {peak:5.2f} {centroid:8.3f} {width:9.3f}  "
+                 f"{low:6.2f} {middle:6.2f} {high:6.2f} {memory:7.0f}  {draw(found.magnitude[row].mean(0))}  "
+                 + tally(Counter(found.classes[i] for i in row)))
+        names = ("peak", "centroid", "bandwidth", "memory", "impulse")
+        kernels += [dict(layer=number, direction=direction, kernel=i + 1, filter=found.classes[i],
+                         energy=dict(zip(tasks.THIRDS, found.energy[i].tolist())),
+                         **{name: getattr(found, name)[i].tolist() for name in names}) for i in range(k)]
+    return kernels
 
 
 def show_shift(before: dict, after: dict, show: Callable[[str], None]) -> dict:
@@ -1554,12 +1551,10 @@ def plot_filters(figure, models: dict[str, dict[tuple[int, str], tasks.Filters]]
     top.supxlabel("frequency (1 is half a cycle per token)")
     top.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     for axis, (name, filters) in zip(bottom.subplots(1, len(models), squeeze=False)[0], models.items()):
-        base = np.zeros(len(layers))
-        for kind in dict.fromkeys(tasks.FILTERS.values()):
-            counts = [sum(found.classes.count(kind) for (n, _), found in filters.items() if n == number)
-                      for number in layers]
-            axis.bar(layers, counts, bottom=base, label=kind)
-            base += counts
+        kinds = list(dict.fromkeys(tasks.FILTERS.values()))
+        numbers = [[number for (number, _), found in filters.items() for each in found.classes if each == kind]
+                   for kind in kinds]  # the layer of each kernel of the kind
+        axis.hist(numbers, np.arange(0.5, layers[-1] + 1), stacked=True, rwidth=0.8, label=kinds)
         axis.set(xlabel=f"layer ({name})", ylabel="kernels", xticks=layers)
     bottom.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=5)
 
@@ -1567,14 +1562,11 @@ def plot_filters(figure, models: dict[str, dict[tuple[int, str], tasks.Filters]]
 def compare_runs(paths: Sequence[str], against: str, figure, show: Callable[[str], None]) -> dict:
     """Show and draw the validation metric of several runs against steps or tokens; returns it for JSON."""
     logs = {path: [row for _, row in data.Records([data.open_source(path)], data.parse_json)] for path in paths}
-    known = dict.fromkeys(("accuracy", *(task.metric for task in data.TASKS.values())))
-    metric = next((name for name in known if all(any(f"valid_{name}" in row for row in log) for log in logs.values())),
-                  None)
+    common = set.intersection(*({name for row in log for name in row} for log in logs.values()))
+    known = ("accuracy", *(task.metric for task in data.TASKS.values()))
+    metric = next((name for name in known if f"valid_{name}" in common), None)
     if metric is None:
         raise Problem(f"{data.listed(paths)}: there is no metric that all of them were validated with")
-    if not all(isinstance(value, (int, float)) and "step" in row for log in logs.values() for row in log
-               for value in row.values()):
-        raise Problem(f"{data.listed(paths)}: not all lines are those of a run's log")
     axis, width, runs = figure and figure.subplots(), max(map(len, paths)), []
     show(f"{'log':{width}} {'steps':>8} {'tokens':>13} {'last':>7} {'best':>7}  {metric} against {against}")
     for path, log in logs.items():
@@ -1651,12 +1643,10 @@ def show_models(paths: Iterable[str], length: int | None, threshold: float, prob
     result: dict = {"threshold": threshold, "models": []}
     for path, model in models.items():
         config, found = model.encoder.config, filters[path]
-        result["models"].append(dict(checkpoint=path, model=config["model"], task=model.name, length=length,
-                                     kernels=rows_of_filters(found)))
         show(f"{path}: {config['model']}, {len(model.encoder.layers)} x {config['d']}, {model.name}; "
              + (f"{length} tokens" if found else "no S4D kernels"))
-        for line in describe_filters(found) if found else ():
-            show(line)
+        result["models"].append(dict(checkpoint=path, model=config["model"], task=model.name, length=length,
+                                     kernels=show_filters(found, show) if found else []))
     shapes = [{key: len(found.classes) for key, found in some.items()} for some in filters.values()]
     if len(shapes) == 2 and all(shapes):
         if shapes[0] == shapes[1]:
