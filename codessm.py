@@ -39,11 +39,8 @@ from typing import Callable, Iterable, NamedTuple, Sequence
 for name in ("data", "tasks"):
     origin, folder = importlib.util.find_spec(name).origin, Path(__file__).resolve().parent
     if Path(origin).resolve().parent != folder:
-        shadowed = f"{origin} shadows codessm's own {name}.py in {folder}: rename it, or run from another folder"
-        if not IS_PROGRAM:
-            raise ImportError(shadowed)
-        print(f"Error: {shadowed}", file=sys.stderr)
-        sys.exit(2)
+        raise (SystemExit if IS_PROGRAM else ImportError)(
+            f"{origin} shadows codessm's own {name}.py in {folder}: rename it, or run from another folder")
 
 # idle threads sleep instead of spinning, which beside one other busy process makes two threads five times slower
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -967,7 +964,7 @@ def choose_device(name: str) -> torch.device:
             torch.cuda.set_device(device)  # events and graphs belong to the current device
         if device.type in ("cpu", "cuda", "mps"):
             return device
-    except (RuntimeError, AssertionError, NotImplementedError):
+    except (RuntimeError, AssertionError):
         pass
     raise Problem(f"--device {name}: there is no such device here; cpu always works"
                   + ", and of GPUs each process takes its own (--nproc-per-node)" * (data.world_size() > 1))
@@ -1439,29 +1436,22 @@ def bench(lengths, models, train, batch_tokens, attention, repeats, kernels, siz
         except (MemoryError, RuntimeError) as error:
             if "out of memory" not in tasks.explain(error).message:
                 raise
-            row["error"] = "out of memory"
-        first = next((other for other in rows if other["length"] == length), row)
-        if "error" not in row:
+            row["error"] = measured = "out of memory"
+        else:
+            first = next((other for other in rows if other["length"] == length), row)
             row["share"] = row.pop("projections") / rate
             row["ratio"] = None if "error" in first else row["tokens_per_second"] / first["tokens_per_second"]
+            memory = "?" if row["memory"] is None else data.human_bytes(row["memory"])
+            ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
+            measured = (f"{row['samples_per_second']:10,.1f} {row['tokens_per_second']:10,.0f} {memory:>8} "
+                        f"{row['share']:6.2f} {ratio:>6} {row['first_seconds']:7.1f} s")
         rows.append(row)
         if not as_json:
             with bar.external_write_mode():
-                click.echo(format_row(row))
+                click.echo(f"{name + ' ' + form:15} {length:7,} {batch:6,} {measured}")
     if as_json:
         click.echo(json.dumps(dict(device=hardware, torch=torch.__version__, size=size, train=train,
                                    batch_tokens=batch_tokens, precision=precision, product_rate=rate, rows=rows)))
-
-
-def format_row(row: dict) -> str:
-    """A row of bench's table."""
-    case = f"{row['model'] + ' ' + row['form']:15} {row['length']:7,} {row['batch']:6,} "
-    if "error" in row:
-        return case + row["error"]
-    memory = "?" if row["memory"] is None else data.human_bytes(row["memory"])
-    ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
-    return case + (f"{row['samples_per_second']:10,.1f} {row['tokens_per_second']:10,.0f} {memory:>8} "
-                   f"{row['share']:6.2f} {ratio:>6} {row['first_seconds']:7.1f} s")
 
 
 PLAIN_ROWS = 8  # kernels per direction that are shown one by one
