@@ -1010,10 +1010,9 @@ def check(settings: Settings) -> None:
                           ("--obfuscate", settings.obfuscate)):
         if value and not math.isfinite(value):
             raise click.UsageError(f"{option} {value} is not a number to learn with")
-    written = os.path.realpath(settings.output)
-    for option, path in (("--ckpt", settings.ckpt), ("--init", settings.init)):
-        if path is not None and os.path.realpath(path) in (written, f"{written}.state"):
-            raise Problem(f"-o {settings.output} would replace what {option} {path} is read from: give another -o")
+    start, written = settings.ckpt or settings.init, os.path.realpath(settings.output)
+    if start and os.path.realpath(start) in (written, f"{written}.state"):
+        raise Problem(f"-o {settings.output} would replace what --ckpt or --init is read from: give another -o")
 
 
 def prepare(settings: Settings, output: tasks.Output) -> tuple:
@@ -1050,9 +1049,8 @@ def prepare(settings: Settings, output: tasks.Output) -> tuple:
     settings.vocab = tokenizer.vocab if tokenizer else settings.vocab or VOCABULARY.get(settings.size)
     settings.epochs = None if settings.steps else settings.epochs or task.epochs
     settings.files = {source.name: source.mark for source in dataset.sources} | {"lines": f"CRC {dataset.checksum:08x}"}
-    for option, path in (("--ckpt", settings.ckpt), ("--init", settings.init)):
-        if path is not None:
-            settings.files[f"{option} {path}"] = data.open_source(path).mark
+    if start := settings.ckpt or settings.init:
+        settings.files[start] = data.open_source(start).mark
     if settings.tokenizer is not None:
         settings.files["--tokenizer"] = str(zlib.crc32(tokenizer.text.encode()))
     if data.world_size() > 1 and "-" in settings.files.values():
@@ -1575,18 +1573,16 @@ def compare_runs(paths: Sequence[str], against: str, figure, show: Callable[[str
 
 @cli.command(epilog="Example: codessm interpret model.pt devign.pt --probe --plot shift.pdf")
 @click.argument("paths", nargs=-1, required=True)
-@click.option("--length", **integer(8, 2**20), help="Tokens after which the kernels' responses are cut.  [default: as "
-                                                   "many as the first model was trained on]")
+@click.option("--length", **integer(8, 2**20), help="Tokens of a kernel's response.  [default: the first model's ctx]")
 @click.option("--threshold", type=click.FloatRange(0, 1, min_open=True), default=0.5, show_default=True,
               help="A third of the spectrum passes if its mean magnitude is at least this share of the strongest's.")
 @click.option("--probe", is_flag=False, multiple=True, flag_value=data.STANDARD_LIBRARY, metavar="[PATH]",
-              help="Probe the layers with the Python code below PATH (may be repeated).  [default PATH: the standard "
-                   "library]")
+              help="Probe the layers with the Python code below PATH.  [default PATH: the standard library]")
 @click.option("--pairs", **integer(8, default=1000), show_default=True, help="Pairs of each label that train a probe.")
-@click.option("--plot", metavar="FILE", help="Draw magnitude, phase and classes, or curves of logs, as .png, .pdf or "
-                                              ".svg (pip install 'codessm[plot]').")
-@click.option("--against", type=click.Choice(["steps", "tokens"]), default="steps", show_default=True,
-              help="What the curves of metrics logs run along.")
+@click.option("--plot", metavar="FILE", help="Draw the filters, or the curves of logs, as .png, .pdf or .svg (pip "
+                                              "install 'codessm[plot]').")
+@click.option("--against", default="steps", show_default=True, type=click.Choice(["steps", "tokens"]),
+              help="The x-axis of the curves of logs.")
 @options("--seed --device --json")
 def interpret(paths, plot, against, as_json, **chosen):
     """Show what kernels and layers have learned.
