@@ -725,8 +725,7 @@ class Encoder(nn.Module):
         """
         mask, L, device = None, ids.shape[1], ids.device.type
         if self.max_length and L > self.max_length:
-            raise Problem(f"{self.config['model']} has learned positions for {self.max_length} tokens and cannot read "
-                          f"{L}")
+            raise Problem(f"{self.config['model']} has learned positions for {self.max_length} tokens, not for {L}")
         chunks = self.chunks(L)
         if lengths is None and chunks and math.prod(chunks) > L:
             lengths = ids.new_full(ids.shape[:1], L)
@@ -756,8 +755,7 @@ class Encoder(nn.Module):
             return [None] * len(layers)
         kernels = (self.kernel_cache or {}).get((n, c, dtype))
         if kernels is None:
-            ssms = [ssm for layer in layers if isinstance(layer, BiGSLayer)
-                    for ssm in (layer.forward_ssm, layer.backward_ssm)]
+            ssms = [module for module in layers.modules() if isinstance(module, S4D)]
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.kernel_cache is None):
                 made = iter(make_kernels(ssms, c, n, max(1, int(GROUP * self.shrink)), dtype, layers[0].causal))
             kernels = [next(made) if isinstance(layer, BiGSLayer) else None for layer in layers]
@@ -1038,8 +1036,12 @@ def prepare(settings: Settings, output: tasks.Output) -> tuple:
     settings.obfuscate = task.obfuscate if settings.obfuscate is None else settings.obfuscate
     dataset = data.read_dataset(settings.task, settings.paths, task.splits, obfuscated=settings.obfuscate > 0,
                                 **reading(settings))
+    settings.files = {source.name: source.mark for source in dataset.sources} | {"lines": f"CRC {dataset.checksum:08x}"}
+    if start := settings.ckpt or settings.init:
+        settings.files[start] = data.open_source(start).mark
     if settings.tokenizer is not None:
         tokenizer = data.load_tokenizer(settings.tokenizer)
+        settings.files["--tokenizer"] = str(zlib.crc32(tokenizer.text.encode()))
     else:
         tokenizer = init.tokenizer if init and not settings.vocab else pretrained and pretrained.tokenizer
     config = pretrained.encoder.config if pretrained else dict(SIZES[settings.size], model=settings.model)
@@ -1048,11 +1050,6 @@ def prepare(settings: Settings, output: tasks.Output) -> tuple:
     settings.batch = settings.batch or task.batch
     settings.vocab = tokenizer.vocab if tokenizer else settings.vocab or VOCABULARY.get(settings.size)
     settings.epochs = None if settings.steps else settings.epochs or task.epochs
-    settings.files = {source.name: source.mark for source in dataset.sources} | {"lines": f"CRC {dataset.checksum:08x}"}
-    if start := settings.ckpt or settings.init:
-        settings.files[start] = data.open_source(start).mark
-    if settings.tokenizer is not None:
-        settings.files["--tokenizer"] = str(zlib.crc32(tokenizer.text.encode()))
     if data.world_size() > 1 and "-" in settings.files.values():
         raise Problem("standard input or a pipe cannot be read by several processes: write it to a file first")
     state = output.resume(settings)
@@ -1076,18 +1073,18 @@ def fit(settings: Settings) -> None:
         shared, (pretrained, init, state) = prepare(settings, output) if data.rank() == 0 else (None, (None,) * 3)
         settings, dataset, tokenizer = data.broadcast(shared)
         device, ctx, batch, seed = choose_device(settings.device), settings.ctx, settings.batch, settings.seed
-        epoch_steps = -(-len(dataset.splits["train"].examples) // batch)
+        task, splits = data.TASKS[settings.task], dataset.splits
+        epoch_steps = -(-len(splits["train"].examples) // batch)
         several_epochs = (settings.steps or 0) > epoch_steps or (settings.epochs or 0) > 1
         store = data.tokenise(dataset, tokenizer, ctx, dataset.items_read(settings.steps, batch, seed), several_epochs,
                               output.tokens_path)
-        splits = dataset.splits
         train = data.Batches(store, tokenizer, ctx, splits["train"].examples, batch, seed, splits["train"].labels,
                              settings.obfuscate)
         held_out = {name: data.Batches(store, tokenizer, ctx, split.items()[:, None], batch)
                     for name, split in splits.items() if name != "train"}
         settings.steps = settings.steps or settings.epochs * len(train)
-        evaluations = data.TASKS[settings.task].evaluations
-        settings.eval_every = settings.eval_every or (-(-settings.steps // evaluations) if evaluations else len(train))
+        every = -(-settings.steps // task.evaluations) if task.evaluations else len(train)
+        settings.eval_every = settings.eval_every or every
 
         torch.manual_seed(seed)
         if settings.ckpt is not None:
@@ -1095,8 +1092,7 @@ def fit(settings: Settings) -> None:
         else:
             encoder = Encoder(tokenizer.vocab, **SIZES[settings.size], model=settings.model, kernels=settings.kernels,
                               ctx=ctx)
-        objective = tasks.OBJECTIVES[data.TASKS[settings.task].kind](encoder, tokenizer, settings.task, dataset.labels,
-                                                                     ctx, seed)
+        objective = tasks.OBJECTIVES[task.kind](encoder, tokenizer, settings.task, dataset.labels, ctx, seed)
         objective.bag_of_words = settings.bag_of_words
         copied = init.copy_to(objective, settings.tokenizer is None) if init and not state else ""
         del pretrained, init  # frees their memory
