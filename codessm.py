@@ -39,8 +39,11 @@ from typing import Callable, Iterable, NamedTuple, Sequence
 for name in ("data", "tasks"):
     origin, folder = importlib.util.find_spec(name).origin, Path(__file__).resolve().parent
     if Path(origin).resolve().parent != folder:
-        raise (SystemExit if IS_PROGRAM else ImportError)(
-            f"{origin} shadows codessm's own {name}.py in {folder}: rename it, or run from another folder")
+        shadowed = f"{origin} shadows codessm's own {name}.py in {folder}: rename it, or run from another folder"
+        if not IS_PROGRAM:
+            raise ImportError(shadowed)
+        print(f"Error: {shadowed}", file=sys.stderr)
+        sys.exit(2)
 
 # idle threads sleep instead of spinning, which beside one other busy process makes two threads five times slower
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -321,8 +324,7 @@ class BiGSLayer(nn.Module):
         self.o = nn.Linear(3 * d, d)
         self.drop = nn.Dropout(dropout) if dropout else nn.Identity()
 
-    def forward(self, X: Tensor, R: Tensor, kernels: Kernels | None,
-                mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, X: Tensor, R: Tensor, kernels: Kernels | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return Xi = X + R and the next R = Xo - Xi, all (c, n, B, d); mask (c, n, B, 1), bool, is False at padding.
 
         The mask keeps padding out of the SSMs, the only place where positions mix. In the order (c, n, B) one matrix
@@ -458,7 +460,7 @@ class AttentionLayer(TransformerLayer):
         super().__init__(d, rotary=False)
         self.scale = nn.Parameter(torch.full((d // 64, 1, 1), 1 / math.log(128)))
 
-    def forward(self, X: Tensor, R: Tensor, _kernels: None, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, X: Tensor, R: Tensor, _kernels: None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return X' and Xo - X', of Xi = X + R, with the shapes of `BiGSLayer.forward`."""
         c, n, B, d = X.shape
         X, mask = from_chunks(X + R), None if mask is None else from_chunks(mask)
@@ -848,9 +850,8 @@ OPTIONS = {
                     help="A variant, or a model to compare with; the README describes them.  [default: codessm]"),
     "--kernels": integer(help="S4D kernels per direction, each for an equal share of the channels.  "
                               "[default: 1; codessm-8k and -hybrid: 8]"),
-    "--init": dict(metavar="FILE", help="Start from the weights of a codessm checkpoint, with its size, and with its "
-                                        "model and tokenizer unless others are asked for, or of a BiGS PyTorch state "
-                                        "dict."),
+    "--init": dict(metavar="FILE", help="Start from the weights of a codessm checkpoint, with its size, model and "
+                                        "tokenizer unless others are asked for, or from a BiGS state dict."),
     "--tokenizer": dict(metavar="PATH", help="A Hugging Face tokenizer.json, or a folder with vocab.json and "
                                              "merges.txt.  [default: train one on the data]"),
     "--vocab": integer(1, 10_000_000, help="Entries of the tokenizer to train.  [default: 32100; mini and tiny: 4096]"),
@@ -1004,10 +1005,9 @@ def check(settings: Settings) -> None:
         raise click.UsageError("give --steps or --epochs, not both")
     if settings.vocab and settings.tokenizer:
         raise click.UsageError("give --tokenizer or --vocab, not both: a given tokenizer has its own entries")
-    for option, value in (("--lr", settings.lr), ("--bag-of-words", settings.bag_of_words),
-                          ("--obfuscate", settings.obfuscate)):
-        if value and not math.isfinite(value):
-            raise click.UsageError(f"{option} {value} is not a number to learn with")
+    for name in ("lr", "bag_of_words", "obfuscate"):
+        if not math.isfinite(value := getattr(settings, name) or 0):
+            raise click.UsageError(f"--{name.replace('_', '-')} {value} is not a number to learn with")
     start, written = settings.ckpt or settings.init, os.path.realpath(settings.output)
     if start and os.path.realpath(start) in (written, f"{written}.state"):
         raise Problem(f"-o {settings.output} would replace what --ckpt or --init is read from: give another -o")
@@ -1034,8 +1034,7 @@ def prepare(settings: Settings, output: tasks.Output) -> tuple:
         check_kernels(settings.model, settings.size, settings.kernels)
     settings.ctx = choose_ctx(settings.ctx, task.ctx, pretrained and pretrained.encoder, settings.ckpt)
     settings.obfuscate = task.obfuscate if settings.obfuscate is None else settings.obfuscate
-    dataset = data.read_dataset(settings.task, settings.paths, task.splits, obfuscated=settings.obfuscate > 0,
-                                **reading(settings))
+    dataset = read_dataset(settings, task.splits, obfuscated=settings.obfuscate > 0)
     settings.files = {source.name: source.mark for source in dataset.sources} | {"lines": f"CRC {dataset.checksum:08x}"}
     if start := settings.ckpt or settings.init:
         settings.files[start] = data.open_source(start).mark
@@ -1058,10 +1057,11 @@ def prepare(settings: Settings, output: tasks.Output) -> tuple:
     return (settings, dataset, tokenizer or data.train_tokenizer(dataset, settings.vocab)), (pretrained, init, state)
 
 
-def reading(settings: Settings) -> dict:
-    """The settings that say how files are read, as `data.read_dataset` takes them."""
-    return dict(limit=settings.limit, skip_bad=settings.skip_bad, longest=settings.max_line * 10**6,
-                code_field=settings.code_field, text_field=settings.text_field)
+def read_dataset(settings: Settings, wanted: Iterable[str], **options) -> data.Dataset:
+    """The wanted splits of a task, by the settings and the other arguments of `data.read_dataset`."""
+    return data.read_dataset(settings.task, settings.paths, wanted, limit=settings.limit, skip_bad=settings.skip_bad,
+                             longest=settings.max_line * 10**6, code_field=settings.code_field,
+                             text_field=settings.text_field, **options)
 
 
 def fit(settings: Settings) -> None:
@@ -1221,8 +1221,7 @@ def evaluate(task, ckpt, split, predictions, **chosen):
             data.check_writable(predictions, "--predictions")
             if os.path.exists(predictions):
                 raise Problem(f"{predictions} exists: give --predictions another name, or remove it")
-        dataset = data.read_dataset(task, settings.paths, [split], required=[split], labels=model.labels,
-                                    whole=True, **reading(settings))
+        dataset = read_dataset(settings, [split], required=[split], labels=model.labels, whole=True)
         settings.ctx = choose_ctx(settings.ctx, model.ctx, model.encoder, ckpt)
     dataset, settings = data.broadcast((dataset, settings))
     device = choose_device(settings.device)
@@ -1406,8 +1405,7 @@ def bench(lengths, models, train, batch_tokens, attention, repeats, kernels, siz
     batch_tokens = batch_tokens or (2048 if not gpu else 32_768 if train else 65_536)
     repeats = repeats or (10 if gpu else 3)
     forms = {"both": ["", "plain"], "fused": [""], "plain": ["plain"]}[attention]
-    cases = [(length, name, form) for length in lengths for name in models
-             for form in (forms if name in attending else [""])]
+    cases = [(L, name, form) for L in lengths for name in models for form in (forms if name in attending else [""])]
     hardware = torch.cuda.get_device_name(device) if gpu else f"{device}, {torch.get_num_threads()} threads"
     rate, rows = tasks.product_rate(device, repeats), []
     precision = "bfloat16" if tasks.bf16(device) else "float32"
@@ -1494,8 +1492,8 @@ def show_shift(before: dict, after: dict, show: Callable[[str], None]) -> dict:
         show(f"{number:5}  {direction:9} {after[number, direction].centroid.mean():9.3f} {shift['shift']:+10.4f}  "
              f"{low:+6.2f} {middle:+6.2f} {high:+6.2f} {shift['memory']:+7.0f}  {tally(shift['changes'])}")
     show("spectral shift a layer: " + ", ".join(f"{n}: {shift:+.4f}" for n, shift in layers.items()))
-    show(f"spectral shift of the model: {total:+.4f}" + ("" if abs(total) < 5e-5 else
-                                                       f", toward {'short' if total > 0 else 'long'} range"))
+    toward = f", toward {'short' if total > 0 else 'long'} range" * (abs(total) >= 5e-5)
+    show(f"spectral shift of the model: {total:+.4f}{toward}")
     return dict(model=total, layers=layers, kernels=[
         dict(layer=number, direction=direction, **shift) for (number, direction), shift in shifts.items()])
 
@@ -1551,6 +1549,9 @@ def compare_runs(paths: Sequence[str], against: str, figure, show: Callable[[str
     metric = next((name for name in known if f"valid_{name}" in common), None)
     if metric is None:
         raise Problem(f"{data.listed(paths)}: there is no metric that all of them were validated with")
+    if not all(isinstance(value, (int, float)) and "step" in row for log in logs.values() for row in log
+               for value in row.values()):
+        raise Problem(f"{data.listed(paths)}: not all lines are those of a run's log")
     axis, width, runs = figure and figure.subplots(), max(map(len, paths)), []
     show(f"{'log':{width}} {'steps':>8} {'tokens':>13} {'last':>7} {'best':>7}  {metric} against {against}")
     for path, log in logs.items():
