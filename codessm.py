@@ -1130,12 +1130,13 @@ def describe(trainer: tasks.Trainer, parameters: int, dataset: data.Dataset, cop
         "model": f"{config['model']}, {len(objective.encoder.layers)} x {config['d']}"
                  + f", {config['kernels']} kernels per direction" * (config["kernels"] > 1)
                  + f", {parameters:,} parameters, on {device} in "
-                 + ("bfloat16" if tasks.bf16(device) else "float32") + ", compiled" * objective.compiled,
+                 + ("bfloat16" if tasks.bf16(device) else "float32") + ", compiled" * objective.compiled
+                 + " (slowly: --size tiny suits a CPU)" * (device.type == "cpu" and parameters > 10**8),
         "processes": f"{ranks}, which share each batch" * (ranks > 1),
-        "training": f"{settings.steps:,} steps of {settings.batch} samples ("
+        "training": f"{data.counted(settings.steps, 'step')} of {settings.batch} samples ("
                     f"{settings.steps / len(trainer.train):.1f} epochs), peak learning rate {settings.lr:g} after "
-                    f"{tasks.warmup(settings.steps):,} steps of warm-up, seed {settings.seed}, an evaluation every "
-                    f"{settings.eval_every:,} steps"
+                    f"{data.counted(tasks.warmup(settings.steps), 'step')} of warm-up, seed {settings.seed}, an "
+                    f"evaluation every {data.counted(settings.eval_every, 'step')}"
                     + f", in {settings.accumulate} pieces" * (settings.accumulate > 1)
                     + f", bag of words weighted {settings.bag_of_words:g}" * (settings.bag_of_words > 0)
                     + f", names replaced in {settings.obfuscate:.0%} of the functions" * (settings.obfuscate > 0),
@@ -1337,7 +1338,7 @@ def embed(paths, ckpt, batch, skip_bad, max_line, device, output, restart, as_js
             key.update(line + text.encode())
             rows.write(line)
             count += 1
-        info(f"{count:,} units or records{data.describe_skipped(skipped)}")
+        info(f"{data.counted(count, 'row')}{data.describe_skipped(skipped)}")
         if not count:
             raise Problem(f"{data.listed(source['paths'])}: there is nothing to embed")
         d, dtype = model.encoder.config["d"], np.dtype("float16" if float16 else "float32")

@@ -703,7 +703,7 @@ class Corpus(Dataset):
         held = np.array(checksums) % 100 == 0
         least = min(32, max(1, self.count // 10), self.count - 1)
         if held.sum() < least:
-            held[np.argsort(checksums, kind="stable")[:least]] = True
+            held = np.isin(np.arange(self.count), np.argsort(checksums, kind="stable")[:least])
         valid = np.flatnonzero(held)
         some = np.linspace(0, len(valid) - 1, min(most_valid or len(valid), len(valid))).astype(int)
         self.splits = {"train": Split(np.flatnonzero(~held)[:, None]), "valid": Split(valid[some, None]),
@@ -2448,7 +2448,7 @@ def build_benchmark(task: str, paths: list[str], folder: str) -> None:
             for number, row in enumerate(rows):
                 row = row | {"idx": number} if task == "advtest" else row
                 out.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-        info(f"{folder}/{split}.jsonl: {counted(len(rows), 'line')} from {counted(len(part), 'source file')}"
+        info(f"{folder}/{split}.jsonl: {counted(len(rows), 'line')} from {counted(len(part), 'source file')} with {what}"
              + (f"; {len(own) - len(rows):,} left out, {reason}" if len(rows) < len(own) else ""))
         if split == "train" and task == "typeinf":
             types = Counter(label for row in rows for label in row["labels"] if label is not None)

@@ -1447,7 +1447,7 @@ class InitialWeights(NamedTuple):
             advice = f" (give --kernels {kernels}, as it has)" * (kernels != config["kernels"])
             raise Problem(f"--init {self.path} ({self.origin}) does not fit {config['model']}, {config['layers']} x "
                           f"{config['d']}: {data.listed(misfits, 4)}{advice}")
-        return (f"{self.path} ({self.origin}): taken {summary(taken)}{shortened}; random "
+        return (f"{self.path} ({self.origin}): taken {summary(taken)}{shortened}; new "
                 f"{summary(ours.keys() - set(taken))}{'' if same_vocabulary else ' (another vocabulary)'}; not taken "
                 f"{summary([*(self.weights.keys() - set(taken)), *self.unused])}")
 

@@ -96,16 +96,16 @@ def test_from_bigs_weights_it_computes_what_bigs_does(model, nest, prefix, witho
             ours = objective.eval().logits(objective.encoder(ids))[0].double().numpy()
         difference = ours - expected
         assert np.abs(difference - difference.mean(-1, keepdims=True)).max() < 1e-5 * np.abs(expected).max()
-    random = "layers 0-1 (local.0.bias, local.0.weight, local.1.bias, local.1.weight)" if "hf" in model else "nothing"
+    new = "layers 0-1 (local.0.bias, local.0.weight, local.1.bias, local.1.weight)" if "hf" in model else "nothing"
     assert "(BiGS): taken layers 0-1, bias, dense.bias, dense.weight, encoder.embedding.weight" in said
-    assert f"; random {random}; not taken layers 2-2" in said and "pooler.dense.weight" in said
+    assert f"; new {new}; not taken layers 2-2" in said and "pooler.dense.weight" in said
     assert ("positions.weight" in said.split("not taken")[1]) == (model != "codessm-pos")
 
 
 def test_of_fewer_positions_the_others_stay_random_and_of_another_vocabulary_the_embedding(start, tokenizer, make_case):
     p = bigs_dict(tokenizer.vocab + 1, positions=9)
     objective, said = start(p, "codessm-pos")
-    assert "of positions the first 9" in said and "random bias, encoder.embedding.weight (another vocabulary)" in said
+    assert "of positions the first 9" in said and "new bias, encoder.embedding.weight (another vocabulary)" in said
     before, after = make_case("mlm", d=16, ctx=24, model="codessm-pos").objective.state_dict(), objective.state_dict()
     assert {name for name in before if torch.equal(before[name], after[name])} == {"bias", "encoder.embedding.weight"}
     ours, old = after["encoder.positions.weight"], before["encoder.positions.weight"]
@@ -118,7 +118,7 @@ def test_the_hybrid_takes_the_other_layers_of_codessm_8k(make_case, tmp_path):
     tasks.save(tmp_path / "8k.pt", theirs)
     said = tasks.InitialWeights.read(str(tmp_path / "8k.pt")).copy_to(ours)
     attention = "encoder.layers.2."
-    assert "taken layers 0-1, layers 3-3, bias" in said and "random layers 2-2; not taken layers 2-2" in said, said
+    assert "taken layers 0-1, layers 3-3, bias" in said and "new layers 2-2; not taken layers 2-2" in said, said
     theirs = theirs.state_dict()
     for name, value in ours.state_dict().items():
         assert name.startswith(attention) if name not in theirs else torch.equal(value, theirs[name])
@@ -153,14 +153,14 @@ def test_a_run_starts_from_given_weights(small, quick, monkeypatch, functions, t
     assert cli(*command, "--size", "small", "--vocab", 400, "-o", "a.pt")[0] == 0
     before = weights("a.pt")
     says(0, ["codessm-uni, 1 x 160, 8 kernels per direction", "peak learning rate 0.0002",
-             "a.pt (codessm, 1 x 160): taken layers 0-0, bias", "random nothing;"],
+             "a.pt (codessm, 1 x 160): taken layers 0-0, bias", "new nothing;"],
          *command, "--init", "a.pt", "-o", "b.pt", "--model", "codessm-uni", "--kernels", 8)
     says(0, "codessm-uni, 1 x 160, 8 kernels", *command, "--init", "b.pt", "-o", "e.pt")  # what is not given is b.pt's
     says(2, "(give --kernels 8, as it has)", *command, "--init", "b.pt", "-o", "d.pt", "--kernels", 4)
     after = codessm.load("b.pt")
     assert after.tokenizer.text == codessm.load("a.pt").tokenizer.text
     assert all((value - before[name]).abs().max() < 1e-3 for name, value in after.state_dict().items())
-    says(0, "random bias, encoder.embedding.weight (another vocabulary)", *command, *still, "c.pt", "--vocab", 380)
+    says(0, "new bias, encoder.embedding.weight (another vocabulary)", *command, *still, "c.pt", "--vocab", 380)
     after = weights("c.pt")
     assert torch.allclose(after["encoder.layers.0.v.weight"], before["encoder.layers.0.v.weight"], atol=1e-6)
     assert len(after["bias"]) == 380 and not torch.allclose(after[embedding], before[embedding][:380], atol=1e-3)
@@ -172,7 +172,7 @@ def test_a_run_starts_from_given_weights(small, quick, monkeypatch, functions, t
 
     os.mkdir("toy")
     write_case(tmp_path / "toy", "classify", functions)
-    says(0, ["classify, from a.pt", "random head.0.bias"],
+    says(0, ["classify, from a.pt", "new head.0.bias"],
          "finetune", "classify", "--data", "toy", "--steps", 1, *still, "t.pt", "--model", "codessm-uni")
     after = codessm.load("t.pt").encoder
     assert after.config["model"] == "codessm-uni"
