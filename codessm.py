@@ -1110,7 +1110,7 @@ def fit(settings: Settings) -> None:
             output.record(step=settings.steps, **{f"test_{name}": value for name, value in metrics["test"].items()})
     scores = {f"{split}_{name}": value for split, found in metrics.items() for name, value in found.items()}
     result = dict(output=output.path, task=settings.task, steps=settings.steps, parameters=parameters, **scores)
-    print_result(result, started, device, settings.as_json, f"{output.path}: {settings.steps:,} steps", *(
+    print_result(result, started, device, settings.as_json, f"{output.path}: {data.counted(settings.steps, 'step')}", *(
         f"{split:6} {len(splits[split].examples):,} examples: {objective.format_metrics(found)}"
         for split, found in metrics.items()))
 

@@ -2434,7 +2434,7 @@ def build_benchmark(task: str, paths: list[str], folder: str) -> None:
                 records.setdefault(path, []).append(record)
     files = sorted(records, key=digest)
     what, reason = ("annotations", "with types in no function of their own") if task == "typeinf" else \
-        ("functions with docstrings", "whose names cannot be replaced")
+        ("documented functions", "whose names cannot be replaced")
     if len(files) < 3:
         raise Problem(f"{', '.join(paths)}: only {len(files)} files with {what}: three splits need more")
     tenth = max(1, len(files) // 10)
