@@ -2448,8 +2448,8 @@ def build_benchmark(task: str, paths: list[str], folder: str) -> None:
             for number, row in enumerate(rows):
                 row = row | {"idx": number} if task == "advtest" else row
                 out.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-        info(f"{folder}/{split}.jsonl: {counted(len(rows), 'line')} from {counted(len(part), 'source file')} with {what}"
-             + (f"; {len(own) - len(rows):,} left out, {reason}" if len(rows) < len(own) else ""))
+        info(f"{folder}/{split}.jsonl: {counted(len(rows), 'line')} from {counted(len(part), 'source file')} with "
+             + what + f"; {len(own) - len(rows):,} left out, {reason}" * (len(rows) < len(own)))
         if split == "train" and task == "typeinf":
             types = Counter(label for row in rows for label in row["labels"] if label is not None)
             names = dict.fromkeys([UNK, "Any", *(name for name, _ in types.most_common())])
