@@ -359,7 +359,8 @@ def test_predict_and_evaluate_count_the_bad_lines_that_they_leave_out(toys, tmp_
     says(0, "2 bad lines passed over; the last is", *command, "--skip-bad")
     folder = tmp_path / "benchmark"
     folder.mkdir()
-    (folder / "test.jsonl").write_text('{"code": "x", "label": "%s"}\n{\n' % codessm.load(toys / "classify.pt").labels[0])
+    label = codessm.load(toys / "classify.pt").labels[0]
+    (folder / "test.jsonl").write_text(json.dumps({"code": "x", "label": label}) + "\n{\n")
     says(0, "1 bad line passed over", "evaluate", "classify", "--ckpt", toys / "classify.pt", "--data", folder,
          "--skip-bad")
     assert [row["n"] for row in printed(*command, "--skip-bad")] == [1, 2]

@@ -248,7 +248,8 @@ def test_recorded_steps_are_steps_and_where_none_can_be_recorded_the_run_goes_on
 
 def test_steps_in_pieces_are_not_recorded(mlm, monkeypatch):
     enabled = []
-    monkeypatch.setattr(tasks, "Recorder", lambda *args: enabled.append(args[2]) or types.SimpleNamespace(enabled=False))
+    monkeypatch.setattr(tasks, "Recorder",
+                        lambda *args: enabled.append(args[2]) or types.SimpleNamespace(enabled=False))
     for accumulate in (1, 2):
         tasks.Stepper(mlm[0], tasks.adamw(mlm[0], 1e-3), accumulate)
     assert enabled == [True, False]
