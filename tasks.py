@@ -1534,7 +1534,7 @@ class Settings:
     files: dict[str, str] = field(default_factory=dict)  # the files that were read, and what changes when one does
 
     def fixed(self) -> dict[str, object]:
-        """What must be the same when a run resumes. Files may have other names, but not another content."""
+        """What must be the same when a run resumes; of each file that it reads, the name and the content."""
         changing = ("paths", "ckpt", "init", "tokenizer", "output", "restart", "device", "compiled", "as_json", "files")
         return {name: value for name, value in asdict(self).items() if name not in changing} | {
             f"file {name}": mark for name, mark in self.files.items()}
