@@ -209,6 +209,10 @@ class Objective(nn.Module):
         batches, split = self.in_batches(examples, self.kind, batch, ctx or self.ctx, "predicting")
         return list(self.results(model.outputs(batches, split), split))
 
+    def fill_mask(self, text: str, k: int = 5) -> list[tuple[str, float]]:
+        """What `MLM.fill_mask` says; raises `Problem` in any other model."""
+        raise Problem(f"a model for {self.name} fills no masks: load a pretrained one")
+
 
 def to_tensors(arrays: dict[str, np.ndarray | None]) -> dict[str, Tensor]:
     """Tensors of the arrays that are not None, without lengths if no row is padded: attention is faster unmasked."""

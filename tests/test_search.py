@@ -441,6 +441,8 @@ def test_fill_mask(make_case):
     for text in ("none", "<mask> <mask>"):
         with pytest.raises(Problem, match="one <mask>"):
             objective.fill_mask(text)
+    with pytest.raises(Problem, match="a model for classify fills no masks"):
+        make_case("classify").objective.fill_mask("a <mask>")
     with pytest.raises(Problem, match="fine-tune it first"):
         objective.predict(["x"])
 
