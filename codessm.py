@@ -1131,7 +1131,7 @@ def describe(trainer: tasks.Trainer, parameters: int, dataset: data.Dataset, cop
                  + f", {config['kernels']} kernels per direction" * (config["kernels"] > 1)
                  + f", {parameters:,} parameters, on {device} in "
                  + ("bfloat16" if tasks.bf16(device) else "float32") + ", compiled" * objective.compiled
-                 + " (slowly: --size tiny suits a CPU)" * (device.type == "cpu" and parameters > 10**8),
+                 + " (slowly: a tiny model suits a CPU)" * (device.type == "cpu" and parameters > 10**8),
         "processes": f"{ranks}, which share each batch" * (ranks > 1),
         "training": f"{data.counted(settings.steps, 'step')} of {settings.batch} samples ("
                     f"{settings.steps / len(trainer.train):.1f} epochs), peak learning rate {settings.lr:g} after "
@@ -1231,7 +1231,7 @@ def evaluate(task, ckpt, split, predictions, **chosen):
     examples = dataset.splits[split]  # of a tagger only now, as windows of its files
     batches = data.Batches(store, model.tokenizer, settings.ctx, examples.items()[:, None], settings.batch)
     info(f"{dataset.description()}; ctx {settings.ctx}, {len(batches.examples):,} distinct samples to encode")
-    compiled = tasks.compile_objective(model, settings.compiled, batches, len(batches) / 3)
+    compiled = tasks.compile_objective(model, settings.compiled, batches)
     metrics, outputs = tasks.evaluate(model, batches, examples, compiled=compiled)
     if predictions is not None and data.rank() == 0:
         with data.atomic(predictions) as file:

@@ -53,7 +53,7 @@ CLIP = 1.0  # the largest norm of the gradient
 SAVE_SECONDS = 300
 LOG_STEPS = 50
 COMPILE_SECONDS = 15  # per length
-# seconds per token, layer and channel of a recorded training step; on a H200 8,192 tokens of codessm-hybrid take 22 ms
+# seconds per token, layer and channel of a recorded training step; on an H200 8,192 tokens of codessm-hybrid take 22 ms
 # in place of 34 (base), 5.3 in place of 9.3 (small)
 COMPILED_SAVES = 1.3e-10
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # that end a run once it has saved
@@ -581,8 +581,8 @@ def evaluate(objective: Objective, batches: Batches, split: Split, watch: Callab
     Each rank computes its share. `watch` wraps the batches and may raise to stop. A compiled objective runs compiled
     code if `compiled`, or where that is None if compiling pays for so few batches.
     """
-    if compiled is None:  # reading takes a third of a training step
-        compiled = objective.compiled and compiling_pays(objective, batches, len(batches) / 3)
+    if compiled is None:
+        compiled = objective.compiled and compiling_pays(objective, batches)
     frozen = objective.frozen()
     with torch.no_grad(), torch.compiler.set_stance("default" if compiled else "force_eager"):
         outputs = frozen.outputs(watch(progress(batches, desc="evaluating", **BATCH_PROGRESS)), split)
@@ -719,7 +719,7 @@ class Index:
             self.update()
             return self.answer(query, k)
         except sqlite3.Error as error:
-            # what else goes wrong is no fault of the file
+            # a lock or a full disk is no fault of the file
             if made_anew or re.search("locked|busy|full|readonly|unable to open|I/O", str(error)):
                 raise Problem(f"the index {self.path}: {error}", 1) from None
             info(f"the index {self.path} is damaged or of another program ({error}): it is made anew")
@@ -1048,16 +1048,19 @@ def probe_layers(objective: Objective, functions: dict[str, list[data.Relations]
 
 # ---- devices, compiling, recording ------------------------------------------------------------------
 
-def compiling_pays(objective: Objective, batches: Batches, steps: float) -> bool:
-    """Whether so many training steps gain more time than it takes to compile for the lengths of their batches."""
-    lengths, config = batches.padded_lengths(max(1, round(steps))), objective.encoder.config
-    work = steps * batches.batch * lengths.sum(1).mean() * config["layers"] * config["d"]
+def compiling_pays(objective: Objective, batches: Batches, steps: int | None = None) -> bool:
+    """Whether compiling for the lengths of the batches of so many training steps takes less time than it saves.
+
+    Without `steps` all batches are read once; reading a batch takes a third of a step.
+    """
+    lengths, config = batches.padded_lengths(steps or len(batches)), objective.encoder.config
+    work = (steps or len(batches) / 3) * batches.batch * lengths.sum(1).mean() * config["layers"] * config["d"]
     return work * COMPILED_SAVES > COMPILE_SECONDS * len(np.unique(lengths))
 
 
-def compile_objective(objective: Objective, wanted: bool | None, batches: Batches | None = None, steps: float = 0
-                      ) -> bool:
-    """Compile an objective if `wanted`, or where that is None on a GPU if it pays for so many steps on batches, if any.
+def compile_objective(objective: Objective, wanted: bool | None, batches: Batches | None = None,
+                      steps: int | None = None) -> bool:
+    """Compile an objective if `wanted`, or where that is None on a GPU, if with `batches` it `compiling_pays`.
 
     Returns whether it is compiled. Each length and mode is compiled when it first comes. If no compiler works, a line
     on standard error says so.
@@ -1670,8 +1673,8 @@ class Stepper:
         self.objective, self.optimizer, self.accumulate = objective, optimizer, accumulate
         self.device, self.stepped = next(objective.parameters()).device, False
         objective.pieces = accumulate  # for one that is `coupled`
-        # not on the stream of evaluations, whose graphs, when they go, take the workspace of all that were recorded on
-        # it (pytorch issue 193402)
+        # Evaluations record on another stream: their graphs, when they go, take the workspace of all that were recorded
+        # on theirs (pytorch issue 193402).
         stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.recorder = Recorder(objective, lambda tensors: self.step([tensors]),
                                  accumulate == 1 and world_size() == 1, stream)

@@ -221,7 +221,7 @@ def test_each_length_and_mode_is_compiled_once(model, make_case, compiler, monke
 def test_recorded_steps_are_steps_and_where_none_can_be_recorded_the_run_goes_on(works, mlm, monkeypatch, capsys):
     """With a recording that is no CUDA graph but steps on the tensors it was given: batches, counts and masks.
 
-    On a GPU, tensors have the same shape whatever number of tokens is chosen; so they have compiled."""
+    Compiled, as on a GPU, tensors have the same shape whatever number of tokens is chosen."""
     recorded, replays, found = [], [], []
 
     def record(recorder, shapes, tensors):
@@ -281,7 +281,21 @@ def test_compiling_pays_once_it_saves_fifteen_seconds_per_length(mlm):
     objective = types.SimpleNamespace(encoder=types.SimpleNamespace(config={"layers": 12, "d": 1024}))
     for share in (0.9, 1.1):
         steps = share * 15 * len({L for _, L in sizes}) / saved
-        assert steps > len(batches) and tasks.compiling_pays(objective, batches, steps) == (share > 1)
+        assert steps > len(batches) and tasks.compiling_pays(objective, batches, round(steps)) == (share > 1)
+
+
+def test_compiling_pays_for_an_evaluation_by_all_lengths_at_a_third_of_a_step(mlm, monkeypatch):
+    """Its batches come sorted: the first are the longest."""
+    dataset = mlm[1]
+    batches = data.Batches(dataset.store, dataset.tokenizer, dataset.ctx, dataset.examples, 4)
+    sizes = [batch.ids.shape for batch in batches]
+    saved = 1.3e-10 * sum(B * L for B, L in sizes) / 3 * 12 * 1024  # seconds
+    objective = types.SimpleNamespace(encoder=types.SimpleNamespace(config={"layers": 12, "d": 1024}))
+    lengths = {L for _, L in sizes}
+    assert len({L for _, L in sizes[:len(sizes) // 3]}) < len(lengths)
+    for share in (0.9, 1.1):
+        monkeypatch.setattr(tasks, "COMPILE_SECONDS", saved / len(lengths) / share)
+        assert tasks.compiling_pays(objective, batches) == (share > 1)
 
 
 def test_without_a_compiler_a_line_says_so_and_the_run_goes_on(small, quick, monkeypatch):
