@@ -632,7 +632,8 @@ class Dataset:
         """(text, code) of one of the `texts`, the text being "" where there is none."""
         return "", text
 
-    def passed_over(self) -> str:
+    def bad_lines(self) -> str:
+        """How many bad lines were passed over, for the end of a description; "" if none."""
         return f"; {counted(self.bad, 'bad line')} passed over" * (self.bad > 0)
 
     def select(self, wanted: np.ndarray) -> Iterator[object]:
@@ -731,7 +732,7 @@ class Corpus(Dataset):
     def description(self) -> str:
         parts = [f"{len(split.examples):,} for {name}" for name, split in self.splits.items()]
         return (f"{listed(source.name for source in self.sources)}: {counted(self.count, 'record')}, "
-                f"{human_bytes(self.bytes)}; " + ", ".join(parts) + self.passed_over())
+                f"{human_bytes(self.bytes)}; " + ", ".join(parts) + self.bad_lines())
 
 
 # ---- the tokenizer ----------------------------------------------------------------------------------
@@ -1427,7 +1428,7 @@ class Benchmark(Dataset):
         parts = [f"{len(split.examples):,} {name}" for name, split in self.splits.items()]
         parts += [f"{len(split.candidates):,} candidates for {name}" for name, split in self.splits.items()
                   if split.candidates is not None and name != "train"]
-        return "; ".join([", ".join(parts), *self.notes]) + self.passed_over()
+        return "; ".join([", ".join(parts), *self.notes]) + self.bad_lines()
 
     def number_items(self, digests: array.array) -> None:
         """Find the item of each text by the texts' digests."""
