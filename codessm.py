@@ -1313,7 +1313,8 @@ def embed(paths, ckpt, batch, skip_bad, max_line, device, output, restart, as_js
 
     PATHS: folders and source files, whose units are those of `codessm search`, by default the current folder; or JSONL,
     whose code, or text where there is no code, is embedded. -o gets an array (n, d) of normalised rows; the .jsonl of
-    the same name has a line for each row. After an interruption the same command goes on.
+    the same name has a line for each row: a unit's path, lines and name, or a record's source, line and other fields.
+    After an interruption the same command goes on.
     """
     rows_path = f"{output.removesuffix('.npy')}.jsonl"
     if not output.endswith(".npy"):
@@ -1349,7 +1350,7 @@ def embed(paths, ckpt, batch, skip_bad, max_line, device, output, restart, as_js
             if done:
                 info(f"going on from row {done:,} of {count:,}")
             bar.update(done)
-            texts = itertools.islice(data.texts_to_embed(skipped={}, **source), done, None)
+            texts = itertools.islice(data.texts_to_embed(skipped=None, **source), done, None)
             while chunk := [text for text, _ in itertools.islice(texts, tasks.Index.CHUNK)]:
                 file.write(model.encode(chunk, batch, max_tokens).astype(dtype).tobytes())
                 file.flush()
@@ -1360,7 +1361,7 @@ def embed(paths, ckpt, batch, skip_bad, max_line, device, output, restart, as_js
             np.save(file, np.memmap(part, dtype, "r", shape=(count, d)))
     os.remove(part)
     print_result(dict(output=output, rows=count, width=d, dtype=dtype.name), started, device, as_json,
-                 f"{output}: {count:,} rows of {d}")
+                 f"{output}: {data.counted(count, 'row')} of {d}")
 
 
 def comma_list(kind: click.ParamType) -> Callable:
@@ -1416,7 +1417,7 @@ def bench(lengths, models, train, batch_tokens, attention, repeats, kernels, siz
                    f"{rate / 1e12:.3g} TFLOP/s\n"
                    f"{'model':15} {'length':>7} {'batch':>6} {'samples/s':>10} {'tokens/s':>10} {'memory':>8} "
                    f"{'share':>6} {'ratio':>6} {'first run':>9}")
-    bar = data.progress(cases, desc="measuring", unit=" rows", unit_scale=False, leave=False, miniters=1)
+    bar = data.progress(cases, desc="measuring", unit=" rows", unit_scale=False, leave=False, miniters=1, mininterval=0)
     for length, name, form in bar:
         batch = max(1, batch_tokens // length)
         row = dict(model=name, form=form, length=length, batch=batch)

@@ -2033,10 +2033,11 @@ def block_definitions(rows: list[str], depths: list[int], by_indent: bool, begin
                                          f"{scope}{name}." if container else scope, "(" not in header, levels - 1)
 
 
-def texts_to_embed(paths: Iterable[str], skipped: dict[str, list[str]], **reading) -> Iterator[tuple[str, dict]]:
+def texts_to_embed(paths: Iterable[str], skipped: dict[str, list[str]] | None, **reading
+                   ) -> Iterator[tuple[str, dict]]:
     """(text, what it is) of each unit of source files or record of JSONL; raises `Problem`.
 
-    `skipped` gets the files that are left out, by the reason.
+    `skipped` gets the files that are left out, by the reason. None is for a second reading, which prints nothing.
     """
     def parse(line: bytes) -> tuple[str, dict]:
         record = parse_json(line)
@@ -2044,12 +2045,16 @@ def texts_to_embed(paths: Iterable[str], skipped: dict[str, list[str]], **readin
         return code, {name: value for name, value in record.items() if name not in CODE_FIELDS}
 
     for path in map(str, paths):
-        if not is_source(path):
-            yield from read_records(path, parse, **reading)
-            continue
-        for file, _ in source_files([path], git=True):
-            for row in map(Unit._asdict, read_units(file, skipped)):
-                yield row.pop("code"), row
+        if is_source(path):
+            for file, _ in source_files([path], git=True):
+                for row in map(Unit._asdict, read_units(file, {} if skipped is None else skipped)):
+                    yield row.pop("code"), row
+        else:
+            records = Records(find_sources([path]), parse, **reading)
+            for _, (text, fields) in records:
+                yield text, dict(source=records.source.name, line=records.line_number) | fields
+            if records.bad and skipped is not None:
+                info(records.passed_over())
 
 
 # ---- relations between tokens, for probes -----------------------------------------------------------

@@ -49,10 +49,14 @@ def cli(*args, input=None):
 
 
 def says(code, parts, *args, input=None):
-    """Checks that a command ends with this exit code and prints one part, or a list of parts, and no traceback."""
+    """Checks that a command ends with this exit code and prints one part, or a list of parts, and no traceback.
+
+    Returns all that it printed.
+    """
     found, said = cli(*args, input=input)
     assert found == code and "Traceback" not in said, said
     assert all(part in said for part in ([parts] if isinstance(parts, str) else parts)), said
+    return said
 
 
 def command(folder, *args, stdin=os.devnull):

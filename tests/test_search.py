@@ -461,7 +461,7 @@ def test_embed(tree, model, monkeypatch):
     rows, vectors, units = [json.loads(line) for line in open("../v.jsonl")], np.load("../v.npy"), units_here("./")
     assert len(calls) == -(-(len(units) + 2 - 16) // 8)
     assert rows == [{name: value for name, value in unit._asdict().items() if name != "code"} for unit in units] + [
-        {"id": 7}, {"query": "the 1", "id": 8}]
+        {"source": "../r.jsonl", "line": 1, "id": 7}, {"source": "../r.jsonl", "line": 2, "query": "the 1", "id": 8}]
     texts = [*(unit.code for unit in units), "def f(): return 1", "the 1"]
     assert vectors.dtype == np.float32 and np.allclose(vectors, model.encode(texts), atol=1e-5)
     assert not [name for name in os.listdir("..") if name.endswith(("part", "tmp"))]
@@ -470,8 +470,9 @@ def test_embed(tree, model, monkeypatch):
     half = np.load("../v.npy")
     assert half.dtype == np.float16 and np.allclose(half, model.encode(texts, ctx=16), atol=1e-3)
     write_lines("../bad.jsonl", [{"code": "def f(): return 1"}, "no JSON"])
-    says(0, ["1 bad line passed over; the last is ../bad.jsonl:2: not JSON", "v.npy: 1 rows"], "embed", "../bad.jsonl",
-         "--skip-bad", *command[3:], "--restart")
+    said = says(0, ["1 bad line passed over; the last is ../bad.jsonl:2: not JSON", "v.npy: 1 row of"], "embed",
+                "../bad.jsonl", "--skip-bad", *command[3:], "--restart")
+    assert said.count("passed over") == 1, "though it is read twice"
     for paths, output, message in ((["-"], "../w.npy", "only once"), ([], "../v", "ends in .npy"),
                                    (["../r.jsonl"], "../r.npy", "r.jsonl would be read and written")):
         says(2, message, "embed", *paths, "--ckpt", "../m.pt", "-o", output)
