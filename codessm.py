@@ -61,7 +61,7 @@ import tasks
 from data import Problem, info
 from tasks import Objective, Settings, save  # noqa: F401  save is the other half of load
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 SIZES = {"base": dict(d=1024, layers=12), "small": dict(d=512, layers=6), "mini": dict(d=256, layers=6),
          "tiny": dict(d=128, layers=4)}

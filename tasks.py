@@ -1077,7 +1077,9 @@ def compile_objective(objective: Objective, wanted: bool | None, batches: Batche
             from torch._inductor.async_compile import AsyncCompile  # slow to import
             AsyncCompile.process_pool()
         torch.compile(lambda x: (x + 1).exp(), dynamic=False)(torch.zeros(8, device=device))
-    except Exception as error:  # whatever is missing: Triton, a C++ compiler, a header
+        if device.type == "cpu" and torch.__version__.startswith("2.6."):
+            raise RuntimeError("torch 2.6 compiles a wrong gradient of the embedding there")
+    except Exception as error:  # or Triton, a C++ compiler or a header is missing
         reason = str(error).strip().splitlines() or [type(error).__name__]
         info(f"no compiler works on {device}, so nothing is compiled ({reason[0][:100]})")
         return False
