@@ -850,8 +850,8 @@ OPTIONS = {
                     help="A variant, or a model to compare with; the README describes them.  [default: codessm]"),
     "--kernels": integer(help="S4D kernels per direction, each for an equal share of the channels.  "
                               "[default: 1; codessm-8k and -hybrid: 8]"),
-    "--init": dict(metavar="FILE", help="Start from the weights of a codessm checkpoint, with its size, model and "
-                                        "tokenizer unless others are asked for, or from a BiGS state dict."),
+    "--init": dict(metavar="FILE", help="Start from the weights of a codessm checkpoint, with its size, and its "
+                                        "model and tokenizer unless others are given, or from a BiGS state dict."),
     "--tokenizer": dict(metavar="PATH", help="A Hugging Face tokenizer.json, or a folder with vocab.json and "
                                              "merges.txt.  [default: train one on the data]"),
     "--vocab": integer(1, 10_000_000, help="Entries of the tokenizer to train.  [default: 32100; mini and tiny: 4096]"),
