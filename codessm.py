@@ -1111,7 +1111,7 @@ def fit(settings: Settings) -> None:
     scores = {f"{split}_{name}": value for split, found in metrics.items() for name, value in found.items()}
     result = dict(output=output.path, task=settings.task, steps=settings.steps, parameters=parameters, **scores)
     print_result(result, started, device, settings.as_json, f"{output.path}: {data.counted(settings.steps, 'step')}", *(
-        f"{split:6} {len(splits[split].examples):,} examples: {objective.format_metrics(found)}"
+        f"{split:6} {data.counted(len(splits[split].examples), 'example')}: {objective.format_metrics(found)}"
         for split, found in metrics.items()))
 
 
@@ -1239,7 +1239,7 @@ def evaluate(task, ckpt, split, predictions, **chosen):
                 file.write(line.encode("utf-8", "replace") + b"\n")
     result = dict(task=task, split=split, examples=len(examples.examples), **metrics, encoded=len(batches.examples))
     print_result(result, started, device, settings.as_json, f"{ckpt}: {task}",
-                 f"{split:6} {len(examples.examples):,} examples: {model.format_metrics(metrics)}")
+                 f"{split:6} {data.counted(len(examples.examples), 'example')}: {model.format_metrics(metrics)}")
 
 
 @cli.command(epilog="Example: codessm predict --ckpt devign.pt functions.jsonl > predictions.jsonl")
@@ -1284,7 +1284,8 @@ def search_command(query, paths, ckpt, k, batch, device, as_json):
         raise click.UsageError("QUERY is empty")
     model = load(ckpt, choose_device(device)) if ckpt is not None else None
     if model is None:
-        info("by BM25 of words alone: --ckpt adds a model (codessm corpus --task search, codessm finetune retrieval)")
+        info("by BM25 of words alone: --ckpt adds a model (codessm corpus --task search -o retrieval, "
+             "codessm finetune retrieval)")
     elif model.kind != "retrieval":
         info(f"{ckpt} was not fine-tuned for retrieval, and finds less than a model that was")
     with closing(tasks.Index(paths or ["."], model, batch)) as index:

@@ -331,7 +331,7 @@ def find_sources(paths: Iterable[str]) -> list[Source]:
         for match in matches:
             folder = os.path.isdir(match)
             files = filter(JSON_LINES.fullmatch, walk(match)) if folder else [match]
-            found += [file for file in files if exists and not folder or not is_log(file)]
+            found += [file for file in files if not language_of(file) and (exists and not folder or not is_log(file))]
         if not found:
             if file := next(filter(None, map(find_parquet, matches)), None):
                 raise parquet(file)
@@ -530,7 +530,7 @@ def field(record: dict, names: Iterable[str], kind: Callable[[object], object] =
 
     A `kind` converts a value or raises TypeError; its docstring says what it wants. Raises `BadLine`.
     """
-    names = [name for name in names if name in record] or list(names)
+    names = [name for name in names if name in record] or list(dict.fromkeys(names))
     for name in names:
         if record.get(name) is not None:
             try:
@@ -1024,8 +1024,11 @@ class Batch(NamedTuple):
     targets: np.ndarray | None = None   # (M,) int64
     tokens: int = 0                     # real ones of both sides, over all ranks
 
-    def pieces(self, count: int) -> list["Batch"]:
-        """At most `count` batches of equally many rows, the last perhaps of fewer."""
+    def pieces(self, count: int, trim: bool = False) -> list["Batch"]:
+        """At most `count` batches of equally many rows, the last perhaps of fewer.
+
+        With `trim`, each of several is padded no further than its own longest row.
+        """
         rows = -(-len(self.ids) // count)
         pieces = []
         for start in range(0, len(self.ids), rows):
@@ -1035,6 +1038,8 @@ class Batch(NamedTuple):
                 L = self.ids.shape[1]
                 own = (self.places >= start * L) & (self.places < (start + rows) * L)
                 part |= dict(places=self.places[own] - start * L, targets=self.targets[own])
+            if trim and count > 1:
+                part["ids"] = part["ids"][:, :max(1, part["lengths"].max())]
             pieces.append(Batch(**part, epoch=self.epoch))
         return pieces
 
@@ -2442,7 +2447,7 @@ def build_benchmark(task: str, paths: list[str], folder: str) -> None:
     what, reason = ("annotations", "with types in no function of their own") if task == "typeinf" else \
         ("documented functions", "whose names cannot be replaced")
     if len(files) < 3:
-        raise Problem(f"{', '.join(paths)}: only {len(files)} files with {what}: three splits need more")
+        raise Problem(f"{', '.join(paths)}: only {counted(len(files), 'file')} with {what}: three splits need more")
     tenth = max(1, len(files) // 10)
     parts = {"train": files[2 * tenth:], "valid": files[tenth:2 * tenth], "test": files[:tenth]}
     os.makedirs(folder, exist_ok=True)

@@ -167,7 +167,8 @@ class Objective(nn.Module):
         ctx = min(size for size in (ctx, self.encoder.max_length, LONGEST) if size)
         store = data.tokenise(dataset, self.tokenizer, ctx, dataset.splits["test"].items())
         split = dataset.splits["test"]  # of a tagger only now, as windows of its texts
-        batches = Batches(store, self.tokenizer, ctx, split.items()[:, None], batch)
+        items = split.items()[:, None]
+        batches = Batches(store, self.tokenizer, ctx, items, max(1, min(batch, len(items))))
         return progress(batches, desc=desc, **BATCH_PROGRESS), split
 
     @torch.no_grad()
@@ -184,7 +185,7 @@ class Objective(nn.Module):
         model = self.frozen()
         examples = [Example((text,), None, {}) for text in texts]
         batches, split = self.in_batches(examples, "classify", batch, ctx, "encoding")
-        pieces = (piece for some in batches for piece in some.pieces(-(-some.ids.size // PIECE_TOKENS)))
+        pieces = (piece for some in batches for piece in some.pieces(-(-some.ids.size // PIECE_TOKENS), trim=True))
         return normalize(embed(model, pieces, split.items()), dim=-1).cpu().numpy()
 
     @torch.no_grad()

@@ -37,8 +37,8 @@ def odd_files(small, functions):
     os.mkdir("d")
     os.mkfifo("pipe")
     model = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<s>": 0, "</s>": 1, "<pad>": 2}, unk_token="<s>"))
-    for name, content in {"t.json": b'{"model": 1}', "binary.json": b"\xff\x00", "log.jsonl": b"no log",
-                          "maskless.json": model.to_str().encode()}.items():
+    for name, content in {"c.py": b"x = 1", "t.json": b'{"model": 1}', "binary.json": b"\xff\x00",
+                          "log.jsonl": b"no log", "maskless.json": model.to_str().encode()}.items():
         open(name, "wb").write(content)
 
 
@@ -46,7 +46,7 @@ def odd_files(small, functions):
     ("long.jsonl --max-line 2", "long.jsonl:1: a line of more than 2.0 MB (--max-line"),
     ("*.nothing", "*.nothing: no such file"), ("empty.jsonl blank.jsonl", "empty.jsonl, blank.jsonl: no records"),
     ("bad.jsonl --skip-bad", "1 bad line passed over; the last is bad.jsonl:1: not JSON"),
-    ("d", "d: no file of JSON lines"),
+    ("d", "d: no file of JSON lines"), ("c.py", "c.py: no file of JSON lines"),
     ("small.jsonl --code-field body", 'small.jsonl:1: no field "body"; the fields seen are: code, name'),
     ("small.jsonl --text-field note", 'no record has the field "note"'),
     ("one.jsonl", "nothing is left for the valid split"),
@@ -70,7 +70,7 @@ def test_what_is_refused(odd_files, args, message):
 
 
 def test_small_and_partly_bad_corpora(odd_files):
-    for args, code, message in (("few.jsonl", 0, "valid  1 examples"), ("mute.jsonl --seed 1", 2, "nothing to predict"),
+    for args, code, message in (("few.jsonl", 0, "valid  1 example: loss"), ("mute.jsonl --seed 1", 2, "nothing to predict"),
                                 ("small.jsonl third.jsonl --skip-bad", 0, "1 bad line passed over")):
         says(code, message, "pretrain", *args.split(), *TINY, "--steps", 1, "--restart")
 

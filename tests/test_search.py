@@ -425,6 +425,20 @@ def test_encode_is_invariant(model, functions):
     assert model.encode([]).shape == (0, 32)
 
 
+def test_encode_reads_little_padding(model, monkeypatch):
+    """Of one text its own row alone, and a long text does not lengthen the rows of short ones."""
+    shapes, to_tensors = [], tasks.to_tensors
+    monkeypatch.setattr(tasks, "to_tensors", lambda arrays: shapes.append(arrays["ids"].shape) or to_tensors(arrays))
+    monkeypatch.setattr(tasks, "PIECE_TOKENS", 512)
+    texts = [f"x = {number}" for number in range(20)]
+    model.encode(texts[:1])
+    assert [rows for rows, _ in shapes] == [1]
+    shapes.clear()
+    model.encode([*texts, "x = 1\n" * 300])
+    longest = len(model.tokenizer.encode("x = 1\n" * 300)) + 2
+    assert longest <= sum(rows * length for rows, length in shapes) < longest + 20 * 16
+
+
 def test_fill_mask(make_case):
     objective = make_case("mlm").objective.eval()
     tokenizer = objective.tokenizer
