@@ -320,7 +320,7 @@ def find_sources(paths: Iterable[str]) -> list[Source]:
     """The corpus files behind files, folders, globs and -, in order, each once; raises `Problem`.
 
     A folder gives the files below it whose names match `JSON_LINES`. Links are followed once; hidden files, `__MACOSX`,
-    empty files and metrics logs are passed over. A zip archive gives its members.
+    empty files, source files and metrics logs are passed over. A zip archive gives its members.
     """
     names: dict[str, str] = {}  # real path -> name
     for path in map(str, paths):
@@ -330,8 +330,8 @@ def find_sources(paths: Iterable[str]) -> list[Source]:
         found = []
         for match in matches:
             folder = os.path.isdir(match)
-            files = filter(JSON_LINES.fullmatch, walk(match)) if folder else [match]
-            found += [file for file in files if not language_of(file) and (exists and not folder or not is_log(file))]
+            files = filter(JSON_LINES.fullmatch, walk(match)) if folder else [match] * (not language_of(match))
+            found += [file for file in files if exists and not folder or not is_log(file)]
         if not found:
             if file := next(filter(None, map(find_parquet, matches)), None):
                 raise parquet(file)
@@ -458,11 +458,16 @@ class Records:
         return f"{counted(self.bad, 'bad line')} passed over; the last is {self.last_bad}"
 
 
-def read_records(path: str, parse: Callable[[bytes], object], **reading) -> Iterator[object]:
-    """The parsed lines of the files of `find_sources`, as `Records` reads them; prints how many were passed over."""
+def read_records(path: str, parse: Callable[[bytes], object], quiet: bool = False, **reading
+                 ) -> Iterator[tuple[str, int, object]]:
+    """(source, line number, parsed line) of the files of `find_sources`, as `Records` reads them.
+
+    Unless `quiet`, prints how many lines were passed over.
+    """
     records = Records(find_sources([path]), parse, **reading)
-    yield from (parsed for _, parsed in records)
-    if records.bad:
+    for _, parsed in records:
+        yield records.source.name, records.line_number, parsed
+    if records.bad and not quiet:
         info(records.passed_over())
 
 
@@ -1677,7 +1682,7 @@ def examples_to_predict(paths: Iterable[str], name: str, **reading) -> Iterator[
                     labelled=False)
     for path in map(str, paths):
         if not is_source(path):
-            yield from read_records(path, parse, **reading)
+            yield from (parsed for _, _, parsed in read_records(path, parse, **reading))
             continue
         if task.kind in ("pair", "retrieval") or tags and language_of(path) not in ("python", None):
             raise Problem(f"{path}: a model for {name} needs JSONL with lines like {TASKS[task.kind].line}"
@@ -2055,11 +2060,8 @@ def texts_to_embed(paths: Iterable[str], skipped: dict[str, list[str]] | None, *
                 for row in map(Unit._asdict, read_units(file, {} if skipped is None else skipped)):
                     yield row.pop("code"), row
         else:
-            records = Records(find_sources([path]), parse, **reading)
-            for _, (text, fields) in records:
-                yield text, dict(source=records.source.name, line=records.line_number) | fields
-            if records.bad and skipped is not None:
-                info(records.passed_over())
+            for source, line, (text, fields) in read_records(path, parse, quiet=skipped is None, **reading):
+                yield text, dict(source=source, line=line) | fields
 
 
 # ---- relations between tokens, for probes -----------------------------------------------------------
